@@ -1,0 +1,36 @@
+"""funcadapt: adapters for PyTorch models as values.
+
+An adapter is an immutable pytree of named tensors; a model is called with it and never changed.
+"""
+
+from importlib.metadata import version
+
+from funcadapt import methods as methods
+from funcadapt.adapter import Adapter as Adapter
+from funcadapt.call import applied as applied
+from funcadapt.call import checkpoint_context as checkpoint_context
+from funcadapt.call import functional_call as functional_call
+from funcadapt.call import math_attention as math_attention
+from funcadapt.checkpoint import load as load
+from funcadapt.checkpoint import save as save
+from funcadapt.config import AdapterConfig as AdapterConfig
+from funcadapt.copying import structural_copy as structural_copy
+from funcadapt.errors import AdapterError as AdapterError
+from funcadapt.errors import AdapterFileError as AdapterFileError
+from funcadapt.errors import BypassWarning as BypassWarning
+from funcadapt.errors import SiteError as SiteError
+from funcadapt.errors import TargetError as TargetError
+from funcadapt.init import init as init
+from funcadapt.init import init_with_base as init_with_base
+from funcadapt.merge import merge as merge
+from funcadapt.merge import merge_ as merge_
+from funcadapt.method import Method as Method
+from funcadapt.method import method_of as method_of
+from funcadapt.method import register as register
+from funcadapt.methods.ia3 import IA3Config as IA3Config
+from funcadapt.methods.lora import LoraConfig as LoraConfig
+from funcadapt.sites import Site as Site
+from funcadapt.sites import SiteTable as SiteTable
+from funcadapt.sites import sites as sites
+
+__version__ = version("funcadapt")

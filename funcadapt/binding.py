@@ -1,0 +1,244 @@
+"""Binding: which module each leaf of an adapter belongs to, and how it acts there.
+
+Binding walks the model's tree once per set of paths; afterwards a call only checks that the modules are still
+the ones it found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from funcadapt.adapter import Adapter
+from funcadapt.compose import Level, Weight
+from funcadapt.errors import AdapterError, SiteError, did_you_mean
+from funcadapt.method import Method, method_of
+from funcadapt.sites import Site, describe
+
+TOKENS, TOKEN_INDICES = "trainable_tokens_delta", "token_indices"
+_PLANS_KEPT = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """What is at one path: a module, and the site there if it can have one."""
+
+    path: str
+    module: nn.Module
+    site: Site | None
+    parent: nn.Module | None
+    name: str  # of the module in its parent
+
+    def stale(self) -> bool:
+        """Whether the model was changed, so that the module is no longer there."""
+        return self.parent is not None and self.parent._modules.get(self.name) is not self.module
+
+    def dense(self) -> bool:
+        """Whether the parent reads the weight without calling the module, so that a hook would be bypassed."""
+        parent = self.parent
+        if isinstance(parent, nn.MultiheadAttention):
+            return True
+        # its fast path reads the weights of linear1 and linear2; it never runs in training
+        return isinstance(parent, nn.TransformerEncoderLayer) and not parent.training
+
+
+Plan = dict[str, Place]
+
+
+class ModelState:
+    """What belongs to one model while adapters act on it: the lock, who is active, the bindings."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.active: list[Any] = []
+        self.plans: dict[tuple[str, ...], Plan] = {}
+        self.ties: dict[str, tuple[str, ...]] | None = None
+        self.checkpointers: list[nn.Module] | None = None
+
+
+_states: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDictionary()
+_states_lock = threading.Lock()
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """The state of a model. Models that share a submodule share the state, so they share the lock."""
+    state = _states.get(model)
+    if state is None:
+        with _states_lock:
+            modules = list(model.modules())
+            known = (found for m in modules if (found := _states.get(m)) is not None)
+            state = next(known, None) or ModelState()
+            for module in modules:
+                _states.setdefault(module, state)
+    return state
+
+
+def plan(model: nn.Module, paths: tuple[str, ...], state: ModelState | None) -> Plan:
+    """Where each path leads.
+
+    Args:
+        model: the model.
+        paths: the paths of an adapter.
+        state: where plans are kept; None while compiling, when nothing is kept.
+
+    Returns:
+        path -> place, in the order of the paths.
+
+    Raises:
+        SiteError: if a path leads nowhere.
+    """
+    if state is None:
+        return {path: _place(model, path) for path in paths}
+    key = (str(id(model)), *paths)
+    found = state.plans.get(key)
+    if found is None or any(place.stale() for place in found.values()):
+        found = {path: _place(model, path) for path in paths}
+        if len(state.plans) >= _PLANS_KEPT:
+            state.plans.pop(next(iter(state.plans)))
+        state.plans[key] = found
+    return found
+
+
+def _place(model: nn.Module, path: str) -> Place:
+    owner, _, name = path.rpartition(".")
+    parent: nn.Module | None = model
+    for part in owner.split(".") if owner else ():
+        parent = parent._modules.get(part) if parent is not None else None
+    child = model if not path else parent._modules.get(name) if parent is not None else None
+    if child is not None:
+        try:
+            site = describe(model, path)[0]
+        except SiteError:
+            site = None  # a module whose parameters are trained in full, such as a norm
+        return Place(path, child, site, parent if path else None, name)
+    site, module = describe(model, path)  # a plain parameter, or an error that says what is there
+    return Place(path, module, site, None, name)
+
+
+@dataclasses.dataclass(slots=True)
+class Bound:
+    """Everything that acts in one call.
+
+    Attributes:
+        levels: path -> the adapters at that site, innermost first.
+        places: path -> where that is.
+        replaced: (module, parameter name, tensor, weight): parameters that an adapter holds in full.
+        tokens: (path, module, rows, indices, weight): trained rows of an embedding.
+    """
+
+    levels: dict[str, list[Level]]
+    places: Plan
+    replaced: list[tuple[nn.Module, str, Tensor, Weight]]
+    tokens: list[tuple[str, nn.Module, Tensor, Tensor, Weight]]
+
+
+def bind(
+    model: nn.Module, entries: Sequence[tuple[str, Adapter, Weight]], state: ModelState | None
+) -> Bound:
+    """Sort the leaves of some adapters by what they do.
+
+    Args:
+        model: the model.
+        entries: name, adapter and weight of each, innermost first.
+        state: the model's state, or None while compiling.
+
+    Returns:
+        What acts where.
+
+    Raises:
+        SiteError: if a path or a leaf name fits nothing in the model.
+    """
+    bound = Bound({}, {}, [], [])
+    for _, adapter, w in entries:
+        method = method_of(adapter.config)
+        params, buffers = adapter.params, adapter.buffers
+        places = plan(model, tuple(params), state)
+        for path in buffers:
+            if path not in params:
+                places = {**places, **plan(model, (path,), state)}
+        bound.places.update(places)
+        for path, place in places.items():
+            leaves = params.get(path, {})
+            own = _own_leaves(place, method, leaves, w, bound, buffers.get(path, {}))
+            if own:
+                if place.site is None or place.site.kind not in method.kinds:
+                    raise SiteError(
+                        f"{method.name} cannot act at {path!r}, which is a {type(place.module).__name__}. Was this "
+                        "adapter made for another model?"
+                    )
+                p = {**own, **buffers.get(path, {})}
+                if place.site.experts == 1:  # its leaves have no expert axis: a checkpoint cannot tell it from 2-D
+                    p = {name: leaf.unsqueeze(0) if leaf.ndim else leaf for name, leaf in p.items()}
+                bound.levels.setdefault(path, []).append(Level(method, adapter.config, p, w))
+    return bound
+
+
+def _own_leaves(
+    place: Place,
+    method: Method,
+    leaves: Mapping[str, Tensor],
+    w: Weight,
+    bound: Bound,
+    buffers: Mapping[str, Tensor],
+) -> Mapping[str, Tensor]:
+    """The leaves that are the method's; the others are noted in `bound`."""
+    keys, module = method.keys, place.module
+    if all(name in keys for name in leaves) and (leaves or not buffers):
+        return leaves  # the usual case, without a new dict
+    own: dict[str, Tensor] = {}
+    for name, leaf in leaves.items():
+        if name in keys:
+            own[name] = leaf
+        elif name == TOKENS:
+            bound.tokens.append((place.path, module, leaf, buffers[TOKEN_INDICES], w))
+        elif name in module._parameters:
+            bound.replaced.append((module, name, leaf, w))
+        else:
+            known = [*keys, *module._parameters]
+            raise SiteError(
+                f"{method.name} at {place.path!r} has a leaf {name!r}, which neither the method nor "
+                f"{type(module).__name__} has.{did_you_mean(name, known)}"
+            )
+    for name, leaf in buffers.items():
+        if name in module._buffers:
+            bound.replaced.append((module, name, leaf, w))
+    return own
+
+
+def check_shapes(bound: Bound) -> None:
+    """Compare every leaf with what the method would make for the site. For error messages: it is not cheap.
+
+    Args:
+        bound: what acts where.
+
+    Raises:
+        SiteError: for the first leaf whose shape does not fit.
+    """
+    from funcadapt.init import expected_shapes
+
+    for path, levels in bound.levels.items():
+        site = bound.places[path].site
+        assert site is not None
+        for level in levels:
+            expected = expected_shapes(site, level.method, level.config, level.p)
+            for name, shape in expected.items():
+                got = tuple(level.p[name].shape) if name in level.p else None
+                if got is None:
+                    raise SiteError(f"{level.method.name} at {path!r} lacks the leaf {name!r} of shape {shape}.")
+                if got != shape:
+                    raise SiteError(
+                        f"{level.method.name} at {path!r}: {name} has shape {got}, expected {shape} for a {site.kind} "
+                        f"of shape {site.shape}. Was this adapter made for another model?"
+                    )
+    for module, name, tensor, _ in bound.replaced:
+        old = module._parameters.get(name, module._buffers.get(name))
+        if old is not None and old.shape != tensor.shape:
+            raise AdapterError(
+                f"The adapter holds a {name!r} of shape {tuple(tensor.shape)} for a {type(module).__name__} whose own has "
+                f"shape {tuple(old.shape)}."
+            )

@@ -1,0 +1,217 @@
+"""Files: PEFT's `adapter_config.json` and `adapter_model.safetensors`, read and written strictly.
+
+Nothing here unpickles, and nothing walks a model: loading costs what reading the file costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from funcadapt.adapter import Adapter
+from funcadapt.binding import TOKEN_INDICES, TOKENS
+from funcadapt.config import AdapterConfig, config_from_dict
+from funcadapt.errors import AdapterFileError, SiteError
+from funcadapt.init import token_table
+from funcadapt.keys import decode, encode
+from funcadapt.method import method_of
+from funcadapt.sites import names_match, sites
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FORMAT_OF = "0.21.2"  # the PEFT release whose format this is
+_MAX_CONFIG_BYTES = 16 * 2**20
+
+
+def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
+    """Write an adapter as a PEFT checkpoint: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Each file is written beside its place and moved there when it is complete, so that a failure leaves an older
+    checkpoint as it was. The config says what the leaves are: a scaling that a sweep changed becomes its alpha.
+
+    Args:
+        adapter: the adapter.
+        directory: the folder, made if need be.
+
+    Raises:
+        AdapterFileError: if `directory` is a file.
+        SiteError: if a leaf has no name in a checkpoint.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"]))
+        >>> fa.save(adapter, tmp_path / "a")
+        >>> fa.load(tmp_path / "a")
+        Adapter(lora, 1 site, r=2, 12 parameters, float32)
+    """
+    folder = Path(directory)
+    if folder.is_file():
+        raise AdapterFileError(f"Provided path ({folder}) should be a directory, not a file.")
+    method = method_of(adapter.config)
+    config = method.describe(adapter.config, {path: adapter.leaves(path) for path in adapter.params})
+    tensors, order = encode(adapter, method)
+    metadata = {"format": "pt"}
+    if len(order) > 1:
+        metadata["target_parameters"] = json.dumps(order)  # PEFT's keys only say how deep they nest
+    content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    values = {**config.to_dict(), "inference_mode": True, "peft_version": _FORMAT_OF}
+    text = json.dumps(values, indent=2, sort_keys=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_all(folder, {WEIGHTS: to_bytes(content, metadata), CONFIG: text.encode()})
+
+
+def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    written: list[tuple[str, Path]] = []
+    try:
+        for name, content in files.items():
+            handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+            written.append((temporary, folder / name))
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else can read
+        for temporary, target in written:
+            os.replace(temporary, target)
+    finally:
+        for temporary, _ in written:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Adapter:
+    """Read a PEFT checkpoint, written by funcadapt or by PEFT.
+
+    Args:
+        directory: the folder with the two files.
+        model: if given, the checkpoint must have exactly the sites and shapes that its config selects in this model.
+            Needed only where PEFT's keys are ambiguous: several `target_parameters` of one module, not saved by
+            funcadapt.
+        dtype: the dtype of the leaves, or None for the file's.
+        device: the device of the leaves, or None for the CPU.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterFileError: if a file is missing, truncated or malformed, or a key is missing, unexpected or mis-shaped;
+            the message names the site.
+        NotImplementedError: if the config asks for a part of PEFT that funcadapt does not have.
+    """
+    folder = Path(directory)
+    config = read_config(folder)
+    tensors, metadata = _read_tensors(folder)
+    method = method_of(config)
+    try:
+        order = json.loads(metadata["target_parameters"]) if "target_parameters" in metadata else []
+        params, buffers = decode(tensors, config, method, order, model)
+        for path, leaves in params.items():
+            own = {name: leaf for name, leaf in leaves.items() if name in method.keys}
+            if own:
+                method.check(config.at(path), path, own)
+                derived = method.buffers(config.at(path))
+                like = next(iter(own.values())).dtype
+                buffers.setdefault(path, {}).update({k: v.to(like) for k, v in derived.items()})
+        _token_indices(config, params, buffers)
+    except SiteError as error:
+        raise AdapterFileError(f"{folder / WEIGHTS}: {error}") from error
+    except (ValueError, RecursionError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        raise AdapterFileError(f"{folder / WEIGHTS} does not make an adapter: {error}") from error
+    adapter = Adapter(params, buffers, config)
+    if model is not None:
+        _check_against(model, adapter, folder)
+    return adapter if dtype is None and device is None else adapter.to(dtype=dtype, device=device)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """The config of a checkpoint.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Returns:
+        The config, PEFT's bookkeeping of the file itself left out.
+
+    Raises:
+        AdapterFileError: if the file is missing, no JSON, or no config.
+    """
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise AdapterFileError(f"{path} has {path.stat().st_size} bytes, too many for a config.")
+        values: Any = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise AdapterFileError(f"{path} must hold a JSON object, got {type(values).__name__}.")
+        return dataclasses.replace(config_from_dict(values), inference_mode=False, peft_version=None)  # pyright: ignore
+    except FileNotFoundError as error:
+        raise AdapterFileError(f"Can't find {CONFIG!r} at {str(folder)!r}.") from error
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+    except NotImplementedError:
+        raise
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError) as error:
+        raise AdapterFileError(f"{path} is no readable config: {error}") from error
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        hint = " adapter_model.bin is a pickle, which funcadapt does not open: convert it with PEFT." if pickled else ""
+        raise AdapterFileError(f"Can't find {WEIGHTS!r} at {str(folder)!r}.{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            opened: Any = file
+            return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        raise AdapterFileError(f"{path} is truncated or malformed: {error}") from error
+
+
+def _token_indices(config: Any, params: Mapping[str, Mapping[str, Tensor]], buffers: dict[str, dict[str, Tensor]]) -> None:
+    wanted: Any = getattr(config, "trainable_token_indices", None)
+    paths = [path for path, leaves in params.items() if TOKENS in leaves]
+    if bool(paths) != bool(wanted):
+        raise SiteError("trainable_token_indices of the config and trainable_tokens_delta in the file go together.")
+    for path in paths:
+        rows = wanted
+        if isinstance(wanted, Mapping):
+            rows = next((v for k, v in wanted.items() if names_match((k,), path)), None)  # pyright: ignore
+        if rows is None or len(rows) != params[path][TOKENS].shape[0]:  # pyright: ignore
+            raise SiteError(f"{path!r} has {params[path][TOKENS].shape[0]} trained rows, which the config does not list.")
+        buffers.setdefault(path, {})[TOKEN_INDICES] = torch.tensor(list(rows), dtype=torch.long)  # pyright: ignore
+
+
+def _check_against(model: nn.Module, adapter: Adapter, folder: Path) -> None:
+    """Exactly the sites that the config selects, with the shapes that the model has."""
+    from funcadapt.binding import bind, check_shapes, state_of
+
+    expected = {site.path for site in sites(model, adapter.config, strict=False)} | set(token_table(adapter.config, model))
+    missing = sorted(expected - set(adapter.params))
+    if missing:
+        raise AdapterFileError(f"{folder / WEIGHTS} lacks the site {missing[0]!r} ({len(missing)} in all).")
+    method = method_of(adapter.config)
+    for path, leaves in adapter.params.items():
+        if path not in expected and any(name in method.keys for name in leaves):
+            raise AdapterFileError(f"{folder / WEIGHTS} has the site {path!r}, which the config does not select.")
+    try:
+        check_shapes(bind(model, [("", adapter, None)], state_of(model)))
+    except SiteError as error:
+        raise AdapterFileError(f"{folder / WEIGHTS}: {error}") from error
+
+

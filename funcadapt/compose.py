@@ -1,0 +1,186 @@
+"""How levels of adapters nest around one layer: the only place where hooks and dense forms are composed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcadapt.config import AdapterConfig
+from funcadapt.errors import AdapterError
+from funcadapt.layer import Dense, Layer
+from funcadapt.method import Leaf, Method
+from funcadapt.sites import Site
+
+Weight = float | Tensor | None
+"""How much of an adapter acts: None for all of it, a number, a 0-d tensor, (rows) or (rows, tokens)."""
+
+Forward = Callable[..., Any]
+
+
+@dataclasses.dataclass(slots=True)
+class Level:
+    """One adapter at one site.
+
+    Attributes:
+        method: the method.
+        config: the adapter's config.
+        p: the leaves, params and buffers.
+        w: how much of it acts.
+    """
+
+    method: Method
+    config: AdapterConfig
+    p: Leaf
+    w: Weight
+
+
+def hook(base: Forward, level: Level, layer: Layer) -> Forward:
+    """One level around a forward: `after(p, x, base(before(p, x)))`, interpolated by the level's weight.
+
+    Args:
+        base: the forward below.
+        level: the adapter.
+        layer: the layer, as this level sees it.
+
+    Returns:
+        The new forward. Its first argument may also come by name, `input` or `x`.
+    """
+    before, after, p, w = level.method.before, level.method.after, level.p, level.w
+    if w is not None:
+
+        def weighted(x: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+            if x is None:
+                x = kwargs.pop("input", None) if "input" in kwargs else kwargs.pop("x")
+            inner = x
+            if before is not None:
+                changed = before(layer, p, x)
+                inner = x if changed is x else blend(x, changed, w, layer.site)
+            y = base(inner, *args, **kwargs)
+            return y if after is None else blend(y, after(layer, p, x, y), w, layer.site)
+
+        return weighted
+
+    def forward(x: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+        if x is None:
+            x = kwargs.pop("input", None) if "input" in kwargs else kwargs.pop("x")
+        y = base(x if before is None else before(layer, p, x), *args, **kwargs)
+        return y if after is None else after(layer, p, x, y)
+
+    return forward
+
+
+def blend(without: Tensor, with_: Tensor, w: Weight, site: Site) -> Tensor:
+    """`without + w * (with_ - without)`, for a number, a scalar, a vector per row or a tensor per token.
+
+    Args:
+        without: the value without the adapter, (rows, ...).
+        with_: the value with it.
+        w: the weight.
+        site: where, for the error message.
+
+    Returns:
+        The interpolation, in the dtype of `without`.
+
+    Raises:
+        AdapterError: if `w` does not have one entry per row, or per row and token, of this value.
+    """
+    if isinstance(w, Tensor) and w.ndim:
+        if w.shape != without.shape[: w.ndim] or w.ndim >= without.ndim:
+            raise AdapterError(
+                f"weights at {site.path!r}: got shape {tuple(w.shape)}, but the layer's value has shape "
+                f"{tuple(without.shape)}. A vector has one weight per row, a matrix one per row and token; a layer that "
+                "flattens rows and tokens can only take a scalar."
+            )
+        w = w.reshape(*w.shape, *(1,) * (without.ndim - w.ndim))
+    assert w is not None
+    return (without + w * (with_ - without)).to(without.dtype)
+
+
+def dense(level: Level, layer: Layer, weight: Tensor, bias: Tensor | None) -> Dense:
+    """The dense form of one level, experts batched, interpolated by the level's weight.
+
+    Args:
+        level: the adapter.
+        layer: the layer.
+        weight: canonical, (out, in, *kernel), experts first if there are several.
+        bias: (out), or None.
+
+    Returns:
+        The adapted weight and bias.
+
+    Raises:
+        AdapterError: if the level's weight is per row or token: that cannot act through a weight.
+    """
+    method, p, site = level.method, level.p, layer.site
+    check_dense(level, site, training=False)
+    if site.stack:
+
+        def one(weight: Tensor, p: Leaf) -> Tensor:
+            return method.weight(layer, p, weight, None)[0]
+
+        axes = {name: 0 if leaf.ndim else None for name, leaf in p.items()}
+        new, new_bias = torch.func.vmap(one, in_dims=(0, axes))(weight, p), bias
+    else:
+        new, new_bias = method.weight(layer, p, weight, bias)
+    if bias is not None and new_bias is not None and new_bias is not bias:
+        new_bias = interpolate(bias, new_bias, level.w)
+    return interpolate(weight, new, level.w), new_bias
+
+
+def check_dense(level: Level, site: Site, *, training: bool) -> None:
+    """Refuse what cannot act through a weight: weights per row or token, and dropout.
+
+    Args:
+        level: the adapter.
+        site: where.
+        training: whether dropout would be active.
+
+    Raises:
+        AdapterError: if there is any of it.
+    """
+    if isinstance(level.w, Tensor) and level.w.ndim:
+        raise AdapterError(
+            f"weights per row or token cannot act at {site.path!r}: it is applied through its weight. Use a scalar."
+        )
+    rate = level.method.dropout(level.config)
+    if training and rate:
+        raise AdapterError(
+            f"{level.method.name} has dropout {rate}, which cannot act at {site.path!r}: it is applied through its "
+            "weight. Set the dropout to 0, or put the module in eval mode."
+        )
+
+
+def interpolate(old: Tensor, new: Tensor, w: Weight) -> Tensor:
+    """`old + w * (new - old)` for a scalar weight, in the dtype of `old`; `new` itself where the weight is None."""
+    return new if w is None else (old + w * (new - old)).to(old.dtype)
+
+
+def stack_levels(
+    base: Forward, levels: Sequence[Level], site: Site, module: nn.Module, below: Callable[[], Dense] | None
+) -> tuple[Forward, Callable[[], Dense]]:
+    """Nest levels around a forward, the first innermost.
+
+    Args:
+        base: the innermost forward.
+        levels: the adapters.
+        site: the site.
+        module: its module.
+        below: what the innermost level wraps, if it is not the module's own weight.
+
+    Returns:
+        The outermost forward, and a function that gives the dense form of the whole.
+    """
+    for level in levels:
+        layer = Layer(site, module, level.config, below)
+        base = hook(base, level, layer)
+        below = _dense_later(level, layer)
+    assert below is not None
+    return base, below
+
+
+def _dense_later(level: Level, layer: Layer) -> Callable[[], Dense]:
+    return lambda: dense(level, layer, layer.weight, layer.bias)

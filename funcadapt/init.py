@@ -1,0 +1,244 @@
+"""Creating adapters: every leaf drawn from a stream that depends on the seed and the site's path alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcadapt.adapter import Adapter
+from funcadapt.binding import TOKEN_INDICES, TOKENS
+from funcadapt.config import AdapterConfig
+from funcadapt.errors import AdapterError, TargetError, did_you_mean
+from funcadapt.layer import Layer
+from funcadapt.method import Draw, Fresh, Leaf, Method, method_of
+from funcadapt.sites import Site, SiteTable, is_saved, model_type, names_match, sites
+
+Trees = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]
+
+
+def init(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    expect: int | None = None,
+) -> Adapter:
+    """A new adapter for a model. The model is not changed.
+
+    Each site has its own random stream, seeded from (seed, path): neither the order nor the subset of the sites
+    changes a draw, and every device gets the same numbers. On the meta device only shapes are made.
+
+    Args:
+        model: the model.
+        config: what to adapt, and how.
+        seed: the seed.
+        dtype: dtype of the leaves; by default the one of the site's weight (float32 where that is quantised).
+        device: device of the leaves; by default the one of the site's weight.
+        expect: how many sites there must be.
+
+    Returns:
+        The adapter. Its config has the model's defaults filled in.
+
+    Raises:
+        TargetError: if the config matches nothing, or names what the model lacks.
+        SiteError: if a site cannot be adapted.
+        AdapterError: if the init takes a part out of the base weights (PiSSA, OLoRA): use `init_with_base`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> both = fa.init(model, fa.LoraConfig(r=2, target_modules=["0", "1"]), seed=7)
+        >>> one = fa.init(model, fa.LoraConfig(r=2, target_modules=["1"]), seed=7)
+        >>> torch.equal(both.params["1"]["lora_A"], one.params["1"]["lora_A"])
+        True
+    """
+    adapter, base = init_with_base(model, config, seed=seed, dtype=dtype, device=device, expect=expect)
+    if base:
+        how = getattr(config, "init_lora_weights", None)
+        raise AdapterError(
+            f"The init {how!r} takes the adapter's part out of the base weights. Keep both: adapter, base = "
+            "fa.init_with_base(model, config), then fa.functional_call(model, adapter, args, parameters=base)."
+        )
+    return adapter
+
+
+def init_with_base(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    expect: int | None = None,
+) -> tuple[Adapter, dict[str, Tensor]]:
+    """A new adapter, and the base weights that go with it: for PiSSA and OLoRA, as pure functions.
+
+    Args:
+        model: the model, not changed.
+        config: what to adapt, and how.
+        seed: the seed.
+        dtype: dtype of the leaves, as in `init`.
+        device: device of the leaves, as in `init`.
+        expect: how many sites there must be.
+
+    Returns:
+        The adapter, and the corrected base weights by name (empty for the inits that leave the base alone), for
+        `functional_call(..., parameters=...)`.
+
+    Raises:
+        TargetError: as in `init`.
+        SiteError: as in `init`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> adapter, base = fa.init_with_base(model, fa.LoraConfig(r=2, target_modules="0", init_lora_weights="pissa"))
+        >>> x = torch.randn(5, 4)
+        >>> torch.allclose(fa.functional_call(model, adapter, x, parameters=base), model(x), atol=1e-6)
+        True
+    """
+    config = config.for_model(model_type(model))
+    method, table = method_of(config), sites(model, config, expect=expect)
+    params: dict[str, dict[str, Tensor]] = {}
+    buffers: dict[str, dict[str, Tensor]] = {}
+    base: dict[str, Tensor] = {}
+    for site in table:
+        at, module = config.at(site.path), model.get_submodule(site.owner)
+        layer = Layer(site, module, at)
+        draw = _draw(site, seed, dtype, device)
+        fresh = method.init(site, at, draw, lambda layer=layer: layer.weight.detach())
+        corrected = method.residual(at, {**fresh.params, **fresh.buffers}, layer.weight.detach())
+        if corrected is not None:
+            base[site.weight_name] = layer.stored(corrected)
+        params[site.path], buffers[site.path] = _without_single_expert_axis(site, fresh)
+    _whole_parameters(model, config, table, (params, buffers), device)
+    _token_rows(model, config, (params, buffers), device)
+    if not params:
+        raise TargetError("The config selects nothing to train.")
+    return Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config), base
+
+
+def _draw(
+    site: Site, seed: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> Draw:
+    target = torch.device(device) if device is not None else site.device
+    digest = hashlib.sha256(f"{seed}:{site.path}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return Draw(generator, dtype or site.dtype, target)
+
+
+def _without_single_expert_axis(site: Site, fresh: Fresh) -> Fresh:
+    if site.experts != 1:
+        return fresh
+    return Fresh(*({k: v.squeeze(0) if v.ndim else v for k, v in leaves.items()} for leaves in fresh))
+
+
+def expected_shapes(site: Site, method: Method, config: Any, p: Leaf) -> dict[str, tuple[int, ...]]:
+    """The shape that each trainable leaf must have at a site, for the rank that the leaves have.
+
+    Args:
+        site: the site.
+        method: the method.
+        config: the adapter's config.
+        p: the leaves.
+
+    Returns:
+        Leaf name -> shape.
+    """
+    at = config.at(site.path)
+    rank = config.rank(p)
+    if rank and hasattr(at, "r"):
+        at = dataclasses.replace(at, r=rank)
+    draw = Draw(None, site.dtype, torch.device("meta"))
+    abstract: Callable[[], Tensor] = lambda: torch.empty(*site.stack, *site.shape, device="meta")  # noqa: E731
+    return {name: tuple(leaf.shape) for name, leaf in method.init(site, at, draw, abstract).params.items()}
+
+
+def _copy(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    return tensor.detach().clone().to(device) if device is not None else tensor.detach().clone()
+
+
+def _whole_parameters(
+    model: nn.Module, config: Any, table: SiteTable, trees: Trees, device: torch.device | str | None
+) -> None:
+    """`modules_to_save` and `bias`: parameters that the adapter holds in full, as copies of the model's."""
+    params, buffers = trees
+    saved: Sequence[str] = getattr(config, "modules_to_save", None) or ()
+    for name in saved:
+        if not any(path and is_saved_by(name, path) for path, _ in model.named_modules()):
+            raise TargetError(
+                f"modules_to_save names {name!r}, which matches no module."
+                + did_you_mean(name, (path.rpartition(".")[2] for path, _ in model.named_modules() if path))
+            )
+    bias = getattr(config, "bias", "none")
+    adapted = {site.path for site in table}
+    for path, module in model.named_modules(remove_duplicate=False):
+        whole = bool(path) and is_saved(config, path)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            trained = bias == "all" or (bias == "lora_only" and path in adapted)
+            if whole or (name == "bias" and trained):
+                params.setdefault(path, {})[name] = _copy(parameter, device)
+        for name, buffer in module._buffers.items() if whole else ():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                buffers.setdefault(path, {})[name] = _copy(buffer, device)
+
+
+def is_saved_by(name: str, path: str) -> bool:
+    """Whether a path is the module that an entry of `modules_to_save` names."""
+    return path == name or path.endswith(f".{name}")
+
+
+def token_table(config: Any, model: nn.Module) -> dict[str, list[int]]:
+    """Which rows of which embedding are trained: path -> token indices.
+
+    Args:
+        config: a config with `trainable_token_indices`.
+        model: the model.
+
+    Returns:
+        The table; empty if no rows are trained.
+
+    Raises:
+        TargetError: if the embedding is not found, or an index is out of range or given twice.
+    """
+    wanted: Any = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return {}
+    paths = {path: m for path, m in model.named_modules() if path}
+    if not isinstance(wanted, Mapping):
+        embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+        name = next((path for path, m in paths.items() if m is embedding), "embed_tokens")
+        wanted = {name: wanted}
+    found: dict[str, list[int]] = {}
+    names: Mapping[str, Sequence[int]] = wanted  # pyright: ignore[reportUnknownVariableType]
+    for name, rows in names.items():
+        matches = [path for path in paths if names_match((name,), path)]
+        if not matches:
+            raise TargetError(f"trainable_token_indices names {name!r}, which matches no module.{did_you_mean(name, paths)}")
+        for path in matches:
+            size = model.get_submodule(path).weight.shape[0]  # pyright: ignore
+            bad = [i for i in rows if not 0 <= i < size]  # pyright: ignore
+            if bad or len(set(rows)) != len(rows):
+                raise TargetError(
+                    f"trainable_token_indices at {path!r} must be distinct and in [0, {size}), got {bad or list(rows)}."
+                )
+            found[path] = list(rows)
+    return found
+
+
+def _token_rows(model: nn.Module, config: Any, trees: Trees, device: torch.device | str | None) -> None:
+    params, buffers = trees
+    for path, rows in token_table(config, model).items():
+        if is_saved(config, path):
+            raise ValueError(f"{path!r} is in both trainable_token_indices and modules_to_save. Choose one.")
+        weight: Any = model.get_submodule(path).weight
+        index = torch.tensor(rows, dtype=torch.long, device=weight.device)
+        params.setdefault(path, {})[TOKENS] = _copy(weight.detach()[index], device)
+        buffers.setdefault(path, {})[TOKEN_INDICES] = index.to(device) if device is not None else index

@@ -1,0 +1,193 @@
+"""The names of leaves in a PEFT checkpoint: site path and leaf name <-> key.
+
+    model.layers.0.q_proj            lora_A   <-> base_model.model.model.layers.0.q_proj.lora_A.weight
+    model.lm_head (modules_to_save)  weight   <-> base_model.model.lm_head.weight
+    model.layers.0.q_proj (bias)     bias     <-> base_model.model.model.layers.0.q_proj.base_layer.bias
+    mha.in_proj_weight, mha.out_proj lora_A   <-> mha.lora_A.weight, mha.base_layer.out_proj.lora_A.weight
+    experts.down, experts.up         lora_A   <-> experts.lora_A.weight, experts.base_layer.lora_A.weight
+    embed_tokens (trained rows)               <-> embed_tokens.token_adapter.trainable_tokens_delta
+
+PEFT wraps a module once per targeted parameter, in the order in which the module registered them, so the last one is
+outermost: the key tells the depth, not the parameter's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from funcadapt.adapter import Adapter
+from funcadapt.binding import TOKENS
+from funcadapt.config import AdapterConfig
+from funcadapt.errors import AdapterFileError, did_you_mean
+from funcadapt.method import Method
+from funcadapt.sites import is_saved, names_match
+
+PREFIX = "base_model.model."
+_PACKED = "in_proj_weight"
+_BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+Trees = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]
+
+
+def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a checkpoint.
+
+    Args:
+        adapter: the adapter.
+        method: its method.
+
+    Returns:
+        Key -> tensor, and the paths of the plain-parameter sites in nesting order, innermost first.
+
+    Raises:
+        AdapterFileError: if two leaves would get the same key.
+    """
+    paths = list(adapter.params)
+    owners: dict[str, list[str]] = {}
+    for path in paths:
+        if _is_parameter(adapter.config, path) and any(name in method.keys for name in adapter.params[path]):
+            owners.setdefault(path.rpartition(".")[0], []).append(path)
+    tensors: dict[str, Tensor] = {}
+    for path in {**adapter.params, **adapter.buffers}:
+        leaves = adapter.params.get(path, {})
+        own = {name: leaf for name, leaf in leaves.items() if name in method.keys}
+        where = _module_key(path, adapter.params, owners)
+        for name, leaf in method.pack(own).items():
+            _put(tensors, f"{where}.{method.keys[name]}", leaf)
+        for name, leaf in leaves.items():
+            if name == TOKENS:
+                _put(tensors, f"{path}.token_adapter.{TOKENS}", leaf)
+            elif name not in method.keys:
+                _put(tensors, f"{where}.base_layer.{name}" if own else f"{where}.{name}", leaf)
+        for name, buffer in adapter.buffers.get(path, {}).items():
+            if is_saved(adapter.config, path) and buffer.ndim + (name in _BUFFER_NAMES):
+                _put(tensors, f"{path}.{name}", buffer)
+    return tensors, [path for group in owners.values() for path in group]
+
+
+def _put(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
+    if PREFIX + key in tensors:
+        raise AdapterFileError(f"Two leaves would be saved under the key {PREFIX + key!r}.")
+    tensors[PREFIX + key] = tensor
+
+
+def _is_parameter(config: AdapterConfig, path: str) -> bool:
+    wanted: Sequence[str] = getattr(config, "target_parameters", None) or ()
+    return names_match(wanted, path)
+
+
+def _module_key(path: str, paths: Mapping[str, Any], owners: Mapping[str, list[str]]) -> str:
+    owner, _, name = path.rpartition(".")
+    group = owners.get(owner, [])
+    if path in group:
+        return owner + ".base_layer" * (len(group) - 1 - group.index(path))
+    if name == _PACKED:
+        return owner
+    if name == "out_proj" and f"{owner}.{_PACKED}" in paths:
+        return f"{owner}.base_layer.out_proj"
+    return path
+
+
+def decode(
+    tensors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    method: Method,
+    order: Sequence[str],
+    model: nn.Module | None,
+) -> Trees:
+    """The leaves that a checkpoint holds.
+
+    Args:
+        tensors: key -> tensor, with or without PEFT's prefix.
+        config: the config.
+        method: its method.
+        order: plain-parameter sites in nesting order, if the file says; else [].
+        model: the model, if there is one to look things up in.
+
+    Returns:
+        Params and buffers.
+
+    Raises:
+        AdapterFileError: if a key is unexpected, or cannot be told without the model.
+    """
+    by_module: dict[str, dict[str, Tensor]] = {}
+    params: dict[str, dict[str, Tensor]] = {}
+    buffers: dict[str, dict[str, Tensor]] = {}
+    suffixes = {f".{suffix}": leaf for leaf, suffix in method.keys.items()}
+    for key, tensor in tensors.items():
+        short = key.removeprefix(PREFIX)
+        suffix = next((s for s in suffixes if short.endswith(s)), None)
+        if suffix is not None:
+            by_module.setdefault(short.removesuffix(suffix), {})[suffixes[suffix]] = tensor
+            continue
+        path, _, name = short.rpartition(".")
+        if name == TOKENS and path.endswith(".token_adapter"):
+            params.setdefault(path.removesuffix(".token_adapter"), {})[TOKENS] = tensor
+            continue
+        wrapped = path.endswith(".base_layer")
+        path = path.removesuffix(".base_layer").replace(".base_layer.out_proj", ".out_proj")
+        if not _may_be_whole(config, path, name, wrapped):
+            raise AdapterFileError(
+                f"Unexpected key {key!r}: {method.name} has the leaves {', '.join(map(repr, method.keys.values()))}, and "
+                f"{path!r} is not in modules_to_save.{did_you_mean(name, method.keys.values())}"
+            )
+        buffer = name in _BUFFER_NAMES or not tensor.is_floating_point()
+        (buffers if buffer else params).setdefault(path, {})[name] = tensor
+    if not by_module and not params:
+        raise AdapterFileError("The file holds no tensors of an adapter.")
+    for module, leaves in by_module.items():
+        path, parameter = _site_path(module, by_module, config, order, model)
+        leaves = method.unpack(config.at(path), leaves) if parameter else leaves
+        params[path] = {**{n: leaves[n] for n in method.keys if n in leaves}, **params.get(path, {})}
+    return params, buffers
+
+
+def _may_be_whole(config: AdapterConfig, path: str, name: str, wrapped: bool) -> bool:
+    embedding = name == "weight" and (wrapped or path.rpartition(".")[2] in ("embed_tokens", "lm_head"))
+    bias = name == "bias" and getattr(config, "bias", "none") != "none"
+    return embedding or bias or is_saved(config, path)
+
+
+def _site_path(
+    module: str, modules: Mapping[str, Any], config: AdapterConfig, order: Sequence[str], model: nn.Module | None
+) -> tuple[str, bool]:
+    """The site that a module's key stands for, and whether it is one of `target_parameters`."""
+    head, nested, tail = module.partition(".base_layer.out_proj")
+    if nested and not tail and head in modules:
+        return f"{head}.out_proj", False
+    if f"{module}.base_layer.out_proj" in modules:
+        return f"{module}.{_PACKED}", False
+    wanted: Sequence[str] = getattr(config, "target_parameters", None) or ()
+    if not wanted:
+        return module, False
+    owner = module
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+    depth = (len(module) - len(owner)) // len(".base_layer")
+    targets: Any = getattr(config, "target_modules", None)
+    if owner == module and targets and names_match(targets, owner):
+        return module, False
+    group = [path for path in order if path.rpartition(".")[0] == owner] or _parameters_of(owner, wanted, model)
+    depths = sum(1 for m in modules if m == owner or m.startswith(f"{owner}.base_layer"))
+    if not group and owner == module:
+        return module, False
+    if len(group) != depths or (len(group) > 1 and not order and model is None):
+        raise AdapterFileError(
+            f"{owner!r} has {depths} adapted parameters, and PEFT's keys do not say which is which. Pass the model: "
+            "fa.load(directory, model=model)."
+        )
+    return group[len(group) - 1 - depth], True
+
+
+def _parameters_of(owner: str, wanted: Sequence[str], model: nn.Module | None) -> list[str]:
+    """The targeted parameters of one module, in the order in which PEFT wraps them."""
+    if model is not None:
+        try:
+            names = [name for name, _ in model.get_submodule(owner).named_parameters(recurse=False)]
+        except AttributeError:
+            return []
+        return [f"{owner}.{name}" for name in names if names_match(wanted, f"{owner}.{name}")]
+    return [f"{owner}.{w.rpartition('.')[2]}" for w in wanted if names_match((w,), f"{owner}.{w.rpartition('.')[2]}")]

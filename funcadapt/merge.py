@@ -1,0 +1,171 @@
+"""Merging: the dense weights that an adapter stands for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from funcadapt.binding import bind, state_of
+from funcadapt.call import Adapters, Weights, entries_of
+from funcadapt.compose import Level, dense, interpolate
+from funcadapt.errors import AdapterError, SiteError
+from funcadapt.layer import Dense, Layer
+from funcadapt.sites import tied_names
+
+Tied = Literal["error", "untie", "share"]
+
+
+def merge(
+    model: nn.Module, adapters: Adapters, *, weights: Weights | None = None, tied: Tied = "error"
+) -> dict[str, Tensor]:
+    """The adapted weights of a model, by parameter name. The model is not changed.
+
+    Sums are taken in float32 (or wider) and rounded once, to the dtype of the base weight. The result is
+    differentiable with respect to the adapters.
+
+    Args:
+        model: the model.
+        adapters: one adapter, or adapters by name, nested in their order.
+        weights: as in `functional_call`, scalars only.
+        tied: what to do where an adapted weight is tied to another name: "error"; "untie" returns the other name with
+            the unchanged weight; "share" returns the merged weight under every name.
+
+    Returns:
+        Name -> tensor, for `torch.func.functional_call(model, weights, args)` (with `tie_weights=False` if weights were
+        untied), or for `merge_`.
+
+    Raises:
+        AdapterError: if a weight is tied and `tied` is "error", or has no dense form.
+        SiteError: if a leaf does not fit the model, or a base weight is quantised.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        >>> x, weights = torch.randn(3, 4), fa.merge(model, adapter)
+        >>> sorted(weights)
+        ['0.weight']
+        >>> y = torch.func.functional_call(model, weights, (x,))
+        >>> torch.allclose(y, fa.functional_call(model, adapter, x), atol=1e-6)
+        True
+    """
+    if tied not in ("error", "untie", "share"):
+        raise AdapterError(f"tied must be 'error', 'untie' or 'share', got {tied!r}.")
+    bound = bind(model, entries_of(adapters, weights), state_of(model))
+    ties = tied_names(model)
+    own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    paths = {id(module): path for path, module in model.named_modules()}
+    merged: dict[str, Tensor] = {}
+
+    def now(name: str) -> Tensor:
+        return merged.get(name, own[name])
+
+    for module, short, tensor, w in bound.replaced:
+        # A module that is saved whole has a weight of its own, also where the base ties it to another.
+        name = _join(paths[id(module)], short)
+        merged[name] = interpolate(own[name], tensor.to(own[name].dtype), w)
+        for other in ties.get(name, ()):
+            merged.setdefault(other, own[other])
+    for path, _, rows, indices, w in bound.tokens:
+        name = _join(path, "weight")
+        old = now(name)
+        for each in (name, *ties.get(name, ())):  # a tied head shares the trained rows
+            merged[each] = interpolate(old, old.index_copy(0, indices, rows.to(old.dtype)), w)
+    for path, levels in bound.levels.items():
+        site, module = bound.places[path].site, bound.places[path].module
+        assert site is not None
+        name, bias_name = site.weight_name, _join(site.owner, site.bias) if site.bias else ""
+        if not own[name].is_floating_point():
+            raise SiteError(f"The weight at {path!r} is quantised ({own[name].dtype}) and cannot be merged into.")
+        others = ties.get(name, ())
+        if others and name not in merged and tied == "error":
+            raise AdapterError(
+                f"{name!r} is tied to {', '.join(map(repr, others))}: merging would change more than the adapter does. Pass "
+                "tied='untie' to give them separate weights, or tied='share' to change both."
+            )
+        old_bias = now(bias_name) if bias_name else None
+        weight, bias = _merge_levels(levels, Layer(site, module, levels[0].config), now(name), old_bias)
+        for other in others:
+            if tied == "share":
+                merged[other] = weight
+            else:
+                merged.setdefault(other, own[other])
+        merged[name] = weight
+        if bias is not None:
+            merged[bias_name] = bias
+    return merged
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _merge_levels(levels: list[Level], layer: Layer, stored: Tensor, bias: Tensor | None) -> Dense:
+    """The merged weight as stored, and the merged bias if it changed; accumulated in float32 or wider."""
+    wide = torch.promote_types(stored.dtype, torch.float32)
+    weight, first_bias = layer.canonical(stored).to(wide), None if bias is None else bias.to(wide)
+    new_bias = first_bias
+    for level in levels:
+        below: Dense = (weight, new_bias)
+        layer = Layer(layer.site, layer.module, level.config, lambda below=below: below)
+        level.p = {k: v.to(wide) if v.is_floating_point() else v for k, v in level.p.items()}
+        weight, new_bias = dense(level, layer, weight, new_bias)
+    changed = new_bias is not first_bias and new_bias is not None and bias is not None
+    out_bias = new_bias.to(bias.dtype) if changed and new_bias is not None and bias is not None else None
+    return layer.stored(weight).to(stored.dtype).contiguous(), out_bias
+
+
+def merge_(
+    model: nn.Module,
+    adapters: Adapters,
+    *,
+    weights: Weights | None = None,
+    tied: Tied = "error",
+    safe: bool = False,
+) -> nn.Module:
+    """Merge in place: the model's own parameters get the adapted values.
+
+    Everything is computed before anything is written, so a failure leaves the model as it was.
+
+    Args:
+        model: the model, changed in place.
+        adapters: as in `merge`.
+        weights: as in `merge`.
+        tied: as in `merge`; "untie" gives the adapted name a parameter of its own.
+        safe: whether to check first that every merged weight is finite.
+
+    Returns:
+        The model.
+
+    Raises:
+        AdapterError: as in `merge`, and in safe mode if a merged weight is not finite.
+        SiteError: as in `merge`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        >>> x = torch.randn(3, 4)
+        >>> y = fa.functional_call(model, adapter, x)
+        >>> torch.allclose(fa.merge_(model, adapter, safe=True)(x), y, atol=1e-6)
+        True
+    """
+    with torch.no_grad():
+        merged = merge(model, adapters, weights=weights, tied=tied)
+    for name, tensor in merged.items():
+        if safe and not torch.isfinite(tensor).all():
+            raise AdapterError(f"NaN or infinity in the merged {name!r}. The adapter seems to be broken; nothing was merged.")
+    ties = tied_names(model)
+    with torch.no_grad():
+        for name, tensor in merged.items():
+            owner, _, short = name.rpartition(".")
+            module = model.get_submodule(owner)
+            old = module._parameters.get(short)
+            untied = any(merged.get(other) is not tensor for other in ties.get(name, ()))
+            if tensor is old:
+                continue
+            if old is not None and untied:
+                module._parameters[short] = nn.Parameter(tensor.clone(), requires_grad=old.requires_grad)
+            else:
+                (module._buffers[short] if old is None else old).copy_(tensor)  # pyright: ignore
+    return model

@@ -1,0 +1,266 @@
+"""The contract of an adapter method, and the registry of methods.
+
+A method is a frozen value of pure functions around an untouched base layer:
+
+    y = after(layer, p, x, base(before(layer, p, x)))
+
+and a dense form of the same thing, for merging and for places where a weight is used without a call of its module:
+
+    W', b' = weight(layer, p, W, b)
+
+That is all. vmap, many adapters at once, merging, checkpoints and the module view are derived from it, once, for
+every method. To add a method, add one file to `funcadapt/methods/` that defines a config and registers a
+`Method`; nothing else changes. A third party calls `register` from its own package.
+
+The functions must be functorch-clean: no in-place operation, no Python branch on a tensor's value. They must be
+strict about shapes: reshape a leaf to the size that the site has, so that a wrong size raises and never broadcasts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from funcadapt.config import AdapterConfig
+from funcadapt.errors import AdapterError, did_you_mean
+
+if TYPE_CHECKING:
+    from funcadapt.layer import Layer
+    from funcadapt.sites import Site
+
+Leaf = Mapping[str, Tensor]
+
+
+class Fresh(NamedTuple):
+    """What `init` returns for one site."""
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+class InitFn(Protocol):
+    """Draws the leaves of one site."""
+
+    def __call__(self, site: Site, config: Any, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
+        """Return the leaves.
+
+        Args:
+            site: the place, with its shapes.
+            config: the config, patterns resolved for this site.
+            draw: makes tensors of the right dtype and device from the site's own random stream.
+            weight: gives the base weight in canonical form, (out, in, *kernel), for inits that depend on it.
+        """
+        ...
+
+
+class HookFn(Protocol):
+    """`before`: the input of the layer -> what the base layer gets."""
+
+    def __call__(self, layer: Layer, p: Leaf, x: Tensor) -> Tensor:
+        """Return the new input. `x` has shape (*batch, in) or (batch, channels, *spatial)."""
+        ...
+
+
+class AfterFn(Protocol):
+    """`after`: the output of the base layer -> the output of the adapted layer."""
+
+    def __call__(self, layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
+        """Return the new output. `x` is the input before `before`, `y` the base layer's output."""
+        ...
+
+
+class WeightFn(Protocol):
+    """`weight`: the dense form."""
+
+    def __call__(
+        self, layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the adapted weight and bias. `weight` is canonical, (out, in, *kernel)."""
+        ...
+
+
+def _always(config: AdapterConfig) -> bool:
+    return True
+
+
+def _no_buffers(config: Any) -> dict[str, Tensor]:
+    return {}
+
+
+def _keep(config: Any, leaves: Mapping[str, Leaf]) -> Any:
+    return config
+
+
+def _accept(config: Any, path: str, leaves: Leaf) -> None:
+    pass
+
+
+def _identity(leaves: Leaf) -> Leaf:
+    return leaves
+
+
+def _second(config: Any, leaves: Leaf) -> Leaf:
+    return leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An adapter method: pure functions and the names of its leaves.
+
+    Attributes:
+        name: its name for people.
+        config: the config class that selects it.
+        kinds: the layer kinds that it supports.
+        keys: leaf name -> name in a PEFT checkpoint, after the module's path.
+        init: draws the leaves of a site.
+        weight: the dense form.
+        before: the hook on the input, if the method has one.
+        after: the hook on the output, if the method has one.
+        when: whether it is this method that a config of that class selects. The first registered one that says
+            yes wins, the ones registered with a `when` before the ones without.
+        buffers: the 0-d leaves that follow from the config (LoRA's scaling). They are not in checkpoints.
+        describe: the config that the leaves say, e.g. after a sweep changed a scaling. Used when saving.
+        check: raises SiteError if the leaves of one site, read from a file, are incomplete or do not fit the config
+            or each other.
+        pack: the leaves of experts in the shapes that PEFT stores, where they differ.
+        unpack: the inverse, given the site's config.
+        dropout: the probability of dropout in the hooks; the dense form cannot have any.
+        residual: for an init that takes a part out of the base weight (PiSSA): the corrected weight. None otherwise.
+        constant_in_gradient: leaves whose gradient leaves out a term by the method's design (DoRA's norm).
+    """
+
+    name: str
+    config: type[AdapterConfig]
+    kinds: frozenset[str]
+    keys: Mapping[str, str]
+    init: InitFn
+    weight: WeightFn
+    before: HookFn | None = None
+    after: AfterFn | None = None
+    when: Callable[[Any], bool] = _always
+    buffers: Callable[[Any], dict[str, Tensor]] = _no_buffers
+    describe: Callable[[Any, Mapping[str, Leaf]], Any] = _keep
+    check: Callable[[Any, str, Leaf], None] = _accept
+    pack: Callable[[Leaf], Leaf] = _identity
+    unpack: Callable[[Any, Leaf], Leaf] = _second
+    dropout: Callable[[Any], float] = lambda config: 0.0
+    residual: Callable[[Any, Leaf, Tensor], Tensor | None] = lambda config, p, weight: None
+    constant_in_gradient: frozenset[str] = frozenset()
+
+
+class Draw:
+    """Makes the leaves of one site: dtype and device of the site, numbers from the site's own stream.
+
+    Numbers are drawn in float32 on the CPU and then moved, so that the same seed gives the same adapter on every
+    device, and the stream of a site depends on (seed, path) alone, so that the order and the subset of sites do
+    not change the draw. On the meta device nothing is drawn.
+    """
+
+    def __init__(
+        self, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.generator, self.dtype, self.device = generator, dtype, device
+
+    @property
+    def abstract(self) -> bool:
+        """Whether only shapes are wanted: the device is meta."""
+        return self.device.type == "meta"
+
+    def cast(self, value: Tensor) -> Tensor:
+        """`value` with the dtype and device of the leaves."""
+        return value.to(dtype=self.dtype, device=self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def ones(self, *shape: int) -> Tensor:
+        """Ones."""
+        return torch.ones(shape, dtype=self.dtype, device=self.device)
+
+    def uniform(self, *shape: int, bound: float) -> Tensor:
+        """Uniform in (-bound, bound)."""
+        if self.abstract:
+            return self.zeros(*shape)
+        return self.cast((torch.rand(shape, generator=self.generator) * 2 - 1) * bound)
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        """Normal with mean 0."""
+        if self.abstract:
+            return self.zeros(*shape)
+        return self.cast(torch.randn(shape, generator=self.generator) * std)
+
+
+_methods: list[Method] = []
+
+
+def register(method: Method) -> Method:
+    """Make a method known, so that its config selects it.
+
+    Args:
+        method: the method.
+
+    Returns:
+        The same method, so that a file can end in `METHOD = register(Method(...))`.
+
+    Raises:
+        AdapterError: if another method has the name already.
+    """
+    if any(known.name == method.name for known in _methods):
+        raise AdapterError(f"A method {method.name!r} is registered already.")
+    # A method with a condition is a variant of the plain one, so it is asked first.
+    _methods.insert(0 if method.when is not _always else len(_methods), method)
+    return method
+
+
+def unregister(name: str) -> None:
+    """Forget a method (for tests and for replacing one)."""
+    _methods.remove(method_named(name))
+
+
+def methods() -> tuple[Method, ...]:
+    """Every registered method."""
+    return tuple(_methods)
+
+
+def method_named(name: str) -> Method:
+    """The method with a name.
+
+    Args:
+        name: e.g. "lora".
+
+    Returns:
+        The method.
+
+    Raises:
+        AdapterError: if there is none; near matches are listed.
+    """
+    for method in _methods:
+        if method.name == name:
+            return method
+    raise AdapterError(f"No method {name!r}.{did_you_mean(name, (m.name for m in _methods))}")
+
+
+def method_of(config: AdapterConfig) -> Method:
+    """The method that a config selects.
+
+    Args:
+        config: a config.
+
+    Returns:
+        The method.
+
+    Raises:
+        TypeError: if `config` is no config.
+        AdapterError: if no method is registered for its class.
+    """
+    for method in _methods:
+        if type(config) is method.config and method.when(config):
+            return method
+    if not isinstance(config, AdapterConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"Expected a config such as fa.LoraConfig(...), got {config!r}.")
+    raise AdapterError(f"No method is registered for {type(config).__name__}.")

@@ -1,0 +1,384 @@
+"""LoRA: a low-rank update of the weight.
+
+    y = W x + b + s * B A drop(x)        s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+
+Leaves: `lora_A` (r, in), `lora_B` (out, r), with `lora_bias` also `lora_B_bias` (out); the buffer `scaling` (0-d),
+multiplied into the r-wide intermediate. Embeddings: `lora_embedding_A` (r, vocabulary), `lora_embedding_B` (width, r).
+Convolutions: `lora_A` (r, in channels, *kernel) runs with the base's stride, padding and dilation, `lora_B`
+(out, r / groups, 1, ...) with its groups. Experts: a leading axis on both.
+Init: A kaiming-uniform, B zero (embeddings: A zero, B normal): the identity. `init_lora_weights` selects others.
+Cost: r (in + out) parameters a layer; 2 r (in + out) flops a token forward and twice that backward.
+
+Source: Hu et al. 2021, arXiv:2106.09685; rsLoRA arXiv:2312.03732; PiSSA arXiv:2404.02948; OLoRA arXiv:2406.01775.
+Differs from PEFT: dilated convolutions and padding modes are right; OLoRA on transformers' Conv1D is (PEFT B15); the
+out-projection of `nn.MultiheadAttention` is adapted once, not twice (B1); PiSSA and OLoRA never change the model:
+`fa.init_with_base` returns the corrected weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcadapt.config import AdapterConfig
+from funcadapt.errors import SiteError
+from funcadapt.layer import Layer, dropout
+from funcadapt.method import Draw, Fresh, Leaf, Method, register
+from funcadapt.sites import Site
+
+KINDS = frozenset(
+    {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """Config of LoRA and its variants, with PEFT's fields, defaults and meanings.
+
+    Attributes:
+        r: the rank.
+        target_modules: names, a regular expression, "all-linear", or None for the model type's default.
+        exclude_modules: names or a regular expression to leave out.
+        lora_alpha: the scaling is lora_alpha / r.
+        lora_dropout: dropout on the adapter's input, active when the layer is in training mode.
+        fan_in_fan_out: PEFT's bookkeeping; the layer's type decides.
+        bias: "none", "all" (train every bias of the model) or "lora_only" (those of the adapted layers).
+        use_rslora: the scaling is lora_alpha / sqrt(r).
+        modules_to_save: modules that are trained in full and saved with the adapter.
+        init_lora_weights: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N" or "olora".
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: the name of the layer list, with `layers_to_transform`.
+        rank_pattern: rank by regular expression of the site path.
+        alpha_pattern: alpha likewise.
+        trainable_token_indices: rows of the input embedding to train, or rows by embedding name.
+        use_dora: weight-decomposed LoRA.
+        lora_bias: a bias in B.
+        target_parameters: names of plain parameters to adapt.
+
+    Raises:
+        ValueError: if the values contradict each other.
+        TypeError: if `target_parameters` is a string.
+        NotImplementedError: if a field asks for a part of PEFT that is not implemented.
+    """
+
+    peft_type: str = "LORA"
+    r: int = 8
+    target_modules: Sequence[str] | str | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: Sequence[str] | None = None
+    init_lora_weights: bool | str | None = True
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    megatron_config: Mapping[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    loftq_config: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    eva_config: Mapping[str, Any] | None = None
+    corda_config: Mapping[str, Any] | None = None
+    lora_ga_config: Mapping[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: Mapping[str, Any] | None = None
+    alora_invocation_tokens: Sequence[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Mapping[str, Any] | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None
+    lora_bias: bool = False
+    target_parameters: Sequence[str] | None = None
+    use_bdlora: Mapping[str, Any] | None = None
+    arrow_config: Mapping[str, Any] | None = None
+    kasa_config: Mapping[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    patterned: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+    unsupported: ClassVar[frozenset[str]] = frozenset(
+        "megatron_config loftq_config eva_config corda_config lora_ga_config velora_config alora_invocation_tokens "
+        "use_qalora monteclora_config layer_replication use_bdlora arrow_config kasa_config ensure_weight_tying".split()
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        super().__post_init__()
+        for name, r in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(r, int) or r <= 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ValueError(f"`r` should be a positive integer value but the value passed is {r} ({name!r}).")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for field in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, field) is not None:
+                    raise ValueError(f"`{field}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
+        if self.lora_bias and (self.use_dora or not isinstance(self.init_lora_weights, bool)):
+            raise ValueError("The argument lora_bias=True is only supported with init_lora_weights=True or False, "
+                             "without DoRA.")  # fmt: skip
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+
+    def label(self) -> str:
+        """ "lora" or "dora"."""
+        return "dora" if self.use_dora else "lora"
+
+    def rank(self, leaves: Mapping[str, Tensor]) -> int:
+        """The rank of one site's leaves."""
+        if "lora_embedding_B" in leaves:
+            return leaves["lora_embedding_B"].shape[-1]
+        if "lora_A" not in leaves or "lora_B" not in leaves:
+            return 0
+        a, b = leaves["lora_A"].shape, leaves["lora_B"].shape
+        experts = len(a) == len(b) == 3 and a[0] == b[0] and a[1] == b[2]
+        return a[1] if experts else a[0]
+
+
+def buffers(config: LoraConfig) -> dict[str, Tensor]:
+    """The scaling as a 0-d leaf: lora_alpha / r, or lora_alpha / sqrt(r)."""
+    return {"scaling": torch.tensor(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))}
+
+
+def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
+    """A and B by `init_lora_weights`; `config` holds for this site."""
+    r, kind, how = config.r, site.kind, config.init_lora_weights
+    if config.lora_dropout and kind in ("parameter", "experts"):
+        raise SiteError(f"lora_dropout={config.lora_dropout} cannot act at the plain parameter {site.path!r}: "
+                        "it is applied through its weight. Set lora_dropout=0.")  # fmt: skip
+    if r % site.groups:
+        raise SiteError(f"{site.path!r} has {site.groups} groups, which must divide the rank, got r={r}.")
+    experts = site.stack
+    scaling = {k: draw.cast(v) for k, v in buffers(config).items()}
+    if kind == "embedding":
+        if config.lora_bias:
+            raise SiteError(f"lora_bias=True is not supported for the embedding {site.path!r}.")
+        name_a, name_b = "lora_embedding_A", "lora_embedding_B"
+    else:
+        name_a, name_b = "lora_A", "lora_B"
+    kernel = site.shape[2:]
+    shape_a = (*experts, r, site.in_features, *kernel)
+    shape_b = (*experts, site.out_features, r // site.groups, *(1,) * len(kernel))
+    fan_in = site.in_features * math.prod(kernel)
+
+    if isinstance(how, str) and how != "gaussian" and not draw.abstract:
+        if len(shape_a) != 2:
+            raise SiteError(f"init_lora_weights={how!r} needs a 2-D weight; {site.path!r} is of kind {kind!r}.")
+        a, b = _factors(how, config, weight, draw, float(scaling["scaling"]))
+    elif kind == "embedding":
+        a = draw.zeros(*shape_a) if how is not False else draw.normal(*shape_a)
+        b = draw.normal(*shape_b)
+    else:
+        gaussian = how == "gaussian"
+        a = draw.normal(*shape_a, std=1 / r) if gaussian else draw.uniform(*shape_a, bound=1 / math.sqrt(fan_in))
+        b = draw.zeros(*shape_b) if how is not False else draw.uniform(*shape_b, bound=math.sqrt(site.groups / r))
+    params = {name_a: a, name_b: b}
+    if config.lora_bias:
+        params["lora_B_bias"] = draw.zeros(*experts, site.out_features)
+    return Fresh(params, scaling)
+
+
+def _factors(
+    how: str, config: LoraConfig, weight: Callable[[], Tensor], draw: Draw, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The inits that look at the weight, or at each other: (A, B)."""
+    r = config.r
+    if how == "orthogonal":
+        if r % 2:
+            raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, got r={r}.")
+        rows, columns = weight().shape
+        q = torch.linalg.qr(torch.randn(r, r, generator=draw.generator)).Q
+        a = (torch.randn(columns, r // 2, generator=draw.generator) @ q[0::2]).T / 10
+        b = (torch.randn(r // 2, rows, generator=draw.generator).T @ q[1::2]) / 10
+        return draw.cast(a.contiguous()), draw.cast(b.contiguous())
+    w = weight().detach().to(torch.promote_types(weight().dtype, torch.float32))
+    if r > min(w.shape):
+        raise ValueError(f"init_lora_weights={how!r} needs r <= min(in, out) = {min(w.shape)}, got r={r}.")
+    if how == "olora":
+        q, upper = torch.linalg.qr(w)
+        # PEFT draws no scaling into the factors, and takes s * B A out of the weight
+        return draw.cast(upper[:r].contiguous()), draw.cast(q[:, :r].contiguous())
+    if how == "pissa":
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    elif match := re.fullmatch(r"pissa_niter_(\d+)", how):
+        with torch.random.fork_rng(devices=[]):  # svd_lowrank has no generator argument
+            torch.manual_seed(0 if draw.generator is None else draw.generator.initial_seed())
+            u, s, v = torch.svd_lowrank(w, r, niter=int(match.group(1)))
+        vh = v.T
+    else:
+        raise ValueError(
+            f"Unknown init_lora_weights={how!r}. It is True, False, 'gaussian', 'orthogonal', 'pissa', "
+            "'pissa_niter_N' or 'olora'."
+        )
+    root = torch.sqrt(s[:r] / scaling)
+    return draw.cast(root[:, None] * vh[:r]), draw.cast(u[:, :r] * root)
+
+
+def factors(p: Leaf) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and the scaling."""
+    if "lora_A" in p:
+        return p["lora_A"], p["lora_B"], p["scaling"]
+    return p["lora_embedding_A"], p["lora_embedding_B"], p["scaling"]
+
+
+def add_delta(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
+    """y + s * B A x, in the dtype that promotes both; `x` has had its dropout."""
+    a, b, scaling = factors(p)
+    bias = p.get("lora_B_bias")
+    if y.dtype == a.dtype == x.dtype and bias is None and layer.site.kind in ("linear", "hf_conv1d"):
+        # one fused addmm: no temporary of the output's size
+        h = torch.mm(x.reshape(-1, x.shape[-1]), a.t()) * scaling
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.t()).view(y.shape)
+    if x.is_floating_point() and x.dtype != a.dtype:
+        x = x.to(a.dtype)
+    delta = layer.pointwise(layer.linear(x, a) * scaling, b)
+    if bias is not None:
+        delta = delta + layer.per_output(bias * scaling)
+    return y + delta
+
+
+def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
+    """y + s * B A drop(x), in y's dtype."""
+    config: Any = layer.config
+    x = dropout(layer, x, config.lora_dropout)
+    return add_delta(layer, p, x, y).to(y.dtype)
+
+
+def delta_weight(layer: Layer, p: Leaf) -> Tensor:
+    """s * B A in canonical form."""
+    a, b, scaling = factors(p)
+    if layer.site.groups > 1:
+        raise SiteError(
+            f"LoRA on the grouped convolution {layer.site.path!r} has no dense form: lora_A reads every input channel, "
+            "the base weight only those of its group. Keep the adapter unmerged."
+        )
+    kernel = a.shape[2:]
+    return (b.flatten(1) * scaling @ a.flatten(1)).reshape(b.shape[0], a.shape[1], *kernel)
+
+
+def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s * B A, and b + s * the bias of B."""
+    merged = (weight + delta_weight(layer, p)).to(weight.dtype)
+    if "lora_B_bias" in p:
+        if bias is None:
+            raise SiteError(f"lora_bias=True cannot be merged at {layer.site.path!r}: the layer has no bias to hold it.")
+        bias = (bias + p["lora_B_bias"] * p["scaling"]).to(bias.dtype)
+    return merged, bias
+
+
+def residual(config: LoraConfig, p: Leaf, weight: Tensor) -> Tensor | None:
+    """The base weight less s * B A, for PiSSA and OLoRA; None for the inits that leave the base alone."""
+    how = config.init_lora_weights
+    if not isinstance(how, str) or how in ("gaussian", "orthogonal"):
+        return None
+    a, b, scaling = factors(p)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) - (b.to(wide) * scaling.to(wide)) @ a.to(wide)).to(weight.dtype)
+
+
+def pack(p: Leaf) -> Leaf:
+    """PEFT stores experts as A (r * experts, in), expert by expert, and B (out, r * experts), rank by rank."""
+    if "lora_A" not in p or p["lora_A"].ndim != 3 or p["lora_A"].shape[:2] != (p["lora_B"].shape[0], p["lora_B"].shape[2]):
+        return p
+    a, b = p["lora_A"], p["lora_B"]
+    return {**p, "lora_A": a.flatten(0, 1), "lora_B": b.permute(1, 2, 0).flatten(1)}
+
+
+def unpack(config: LoraConfig, p: Leaf) -> Leaf:
+    """The inverse of `pack`: (experts, r, in) and (experts, out, r); one expert stays 2-D."""
+    a, b, r = p["lora_A"], p["lora_B"], config.r
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] == r:
+        return p
+    return {**p, "lora_A": a.unflatten(0, (-1, r)), "lora_B": b.unflatten(1, (r, -1)).permute(2, 0, 1).contiguous()}
+
+
+def check(config: LoraConfig, path: str, p: Leaf) -> None:
+    """Both factors, with the config's rank, and the leaves that the config asks for."""
+    embedding = "lora_embedding_A" in p or "lora_embedding_B" in p
+    names = ["lora_embedding_A", "lora_embedding_B"] if embedding else ["lora_A", "lora_B"]
+    names += ["lora_B_bias"] * config.lora_bias + ["lora_magnitude_vector"] * config.use_dora
+    for name in names:
+        if name not in p:
+            raise SiteError(f"The site {path!r} lacks {name!r}.")
+    for name in p:
+        if name not in names:
+            raise SiteError(f"The site {path!r} has {name!r}, which the config does not ask for.")
+    a, b, _ = factors({**p, "scaling": p[names[0]]})
+    experts = a.ndim == 3 and b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2] == config.r
+    rows = a.shape[1] if experts else a.shape[0] if a.ndim else 0
+    columns = b.shape[-1] if experts else b.shape[1] if b.ndim > 1 else 0
+    if a.ndim < 2 or b.ndim != a.ndim or rows != config.r or not columns or config.r % columns:
+        raise SiteError(
+            f"The site {path!r} has {names[0]} of shape {tuple(a.shape)} and {names[1]} of shape {tuple(b.shape)}; its "
+            f"config says rank {config.r}: expected ({config.r}, in, ...) and (out, {config.r}, ...)."
+        )
+    for name, size in (("lora_B_bias", b.shape[-2 if experts else 0]), ("lora_magnitude_vector", b.shape[-2 if experts else 0])):
+        if name in p and p[name].numel() != size * (a.shape[0] if experts else 1):
+            raise SiteError(f"The site {path!r} has {name} of shape {tuple(p[name].shape)}, expected {size} numbers.")
+
+
+def describe(config: LoraConfig, leaves: Mapping[str, Leaf]) -> LoraConfig:
+    """The config that the leaves say: ranks from the shapes, alphas from the scalings.
+
+    The config stays as it is where it says the same. Otherwise the most frequent rank and alpha become `r` and
+    `lora_alpha`, and the other sites go into the patterns under their full paths.
+    """
+    said: dict[str, tuple[int, float]] = {}
+    same = True
+    for path, p in leaves.items():
+        if "scaling" not in p:
+            continue
+        r = config.rank(p)
+        at = config.at(path)
+        expected = buffers(at)["scaling"].to(p["scaling"].dtype)
+        if r == at.r and torch.equal(p["scaling"].cpu(), expected):
+            said[path] = (r, float(at.lora_alpha))
+        else:
+            same = False
+            alpha = float(p["scaling"]) * (math.sqrt(r) if config.use_rslora else r)
+            said[path] = (r, round(alpha, 6) if math.isclose(alpha, round(alpha, 6), rel_tol=1e-6) else alpha)
+    if same:
+        return config
+    (r, alpha), _ = Counter(said.values()).most_common(1)[0]
+    ranks = {re.escape(path): s[0] for path, s in said.items() if s[0] != r}
+    alphas = {re.escape(path): s[1] for path, s in said.items() if s[1] != alpha}
+    return dataclasses.replace(config, r=r, lora_alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+
+
+METHOD = register(
+    Method(
+        name="lora",
+        config=LoraConfig,
+        kinds=KINDS,
+        keys={
+            "lora_A": "lora_A.weight",
+            "lora_B": "lora_B.weight",
+            "lora_B_bias": "lora_B.bias",
+            "lora_embedding_A": "lora_embedding_A",
+            "lora_embedding_B": "lora_embedding_B",
+        },
+        init=init,
+        after=after,
+        weight=weight,
+        buffers=buffers,
+        describe=describe,
+        check=check,
+        pack=pack,
+        unpack=unpack,
+        residual=residual,
+        dropout=lambda config: config.lora_dropout,
+    )
+)
