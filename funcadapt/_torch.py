@@ -15,6 +15,8 @@ from torch.utils import _pytree
 # torch has no public way to register a node with key paths and a serialisable context.
 register_pytree_node: Callable[..., None] = _pytree.register_pytree_node
 GetAttrKey: Callable[[str], Any] = _pytree.GetAttrKey
+# What `__torch_function__` is asked about when a model calls `F.grouped_mm`, which is a plain Python wrapper.
+grouped_mm: Callable[..., Any] = torch._grouped_mm  # pyright: ignore
 
 
 def is_compiling() -> bool:

@@ -37,6 +37,8 @@ class Adapter:
         config: the static config (frozen and hashable).
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"]))
         >>> adapter
@@ -59,6 +61,8 @@ class Adapter:
             The new adapter; this one is unchanged.
 
         Example:
+            >>> import torch
+            >>> import funcadapt as fa
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
             >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"]))
             >>> doubled = adapter.replace(params=torch.utils._pytree.tree_map(lambda t: 2 * t, adapter.params))
@@ -71,9 +75,7 @@ class Adapter:
         """A copy with `function` applied to every tensor, params and buffers."""
         return Adapter(_map(function, self.params), _map(function, self.buffers), self.config)
 
-    def to(
-        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> Adapter:
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
         """A copy on another device and in another floating dtype (integer leaves keep theirs).
 
         Args:
@@ -151,6 +153,7 @@ def _load_config(text: str) -> AdapterConfig:
     return config_from_dict(json.loads(text))
 
 
+torch.serialization.add_safe_globals([Adapter])  # `torch.export.load` reads an exported program's example inputs
 _torch.register_pytree_node(
     Adapter,
     _flatten,

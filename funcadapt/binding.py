@@ -48,6 +48,7 @@ class Place:
 
 
 Plan = dict[str, Place]
+_NONE: Mapping[str, Tensor] = {}
 
 
 class ModelState:
@@ -57,6 +58,7 @@ class ModelState:
         self.lock = threading.RLock()
         self.active: list[Any] = []
         self.plans: dict[tuple[str, ...], Plan] = {}
+        self.groups: dict[tuple[str, ...], list[list[str]]] = {}
         self.ties: dict[str, tuple[str, ...]] | None = None
         self.checkpointers: list[nn.Module] | None = None
 
@@ -137,9 +139,7 @@ class Bound:
     tokens: list[tuple[str, nn.Module, Tensor, Tensor, Weight]]
 
 
-def bind(
-    model: nn.Module, entries: Sequence[tuple[str, Adapter, Weight]], state: ModelState | None
-) -> Bound:
+def bind(model: nn.Module, entries: Sequence[tuple[str, Adapter, Weight]], state: ModelState | None) -> Bound:
     """Sort the leaves of some adapters by what they do.
 
     Args:
@@ -162,16 +162,19 @@ def bind(
             if path not in params:
                 places = {**places, **plan(model, (path,), state)}
         bound.places.update(places)
+        keys = method.keys.keys()
         for path, place in places.items():
-            leaves = params.get(path, {})
-            own = _own_leaves(place, method, leaves, w, bound, buffers.get(path, {}))
+            leaves, frozen = params.get(path, _NONE), buffers.get(path, _NONE)
+            # usually all leaves are the method's
+            usual = leaves and keys >= leaves.keys()
+            own = leaves if usual else _own_leaves(place, method, leaves, w, bound, frozen)
             if own:
                 if place.site is None or place.site.kind not in method.kinds:
                     raise SiteError(
                         f"{method.name} cannot act at {path!r}, which is a {type(place.module).__name__}. Was this "
                         "adapter made for another model?"
                     )
-                p = {**own, **buffers.get(path, {})}
+                p = {**own, **frozen}
                 if place.site.experts == 1:  # its leaves have no expert axis: a checkpoint cannot tell it from 2-D
                     p = {name: leaf.unsqueeze(0) if leaf.ndim else leaf for name, leaf in p.items()}
                 bound.levels.setdefault(path, []).append(Level(method, adapter.config, p, w))
@@ -188,15 +191,13 @@ def _own_leaves(
 ) -> Mapping[str, Tensor]:
     """The leaves that are the method's; the others are noted in `bound`."""
     keys, module = method.keys, place.module
-    if all(name in keys for name in leaves) and (leaves or not buffers):
-        return leaves  # the usual case, without a new dict
     own: dict[str, Tensor] = {}
     for name, leaf in leaves.items():
         if name in keys:
             own[name] = leaf
         elif name == TOKENS:
             bound.tokens.append((place.path, module, leaf, buffers[TOKEN_INDICES], w))
-        elif name in module._parameters:
+        elif name in module._parameters or name in module._buffers:  # PEFT's files do not tell which
             bound.replaced.append((module, name, leaf, w))
         else:
             known = [*keys, *module._parameters]

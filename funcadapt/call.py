@@ -14,7 +14,7 @@ import functools
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from funcadapt import _torch
 from funcadapt.adapter import Adapter
 from funcadapt.binding import Bound, ModelState, bind, check_shapes, state_of
-from funcadapt.compose import Forward, Level, Weight, check_dense, dense, interpolate, stack_levels
+from funcadapt.compose import Forward, Hooked, Level, Weight, check_dense, dense, interpolate, nest
 from funcadapt.errors import AdapterError, BypassWarning, did_you_mean
 from funcadapt.factored import Factored
 from funcadapt.layer import Dense, Layer
+from funcadapt.sharing import Group, Watch, make_groups
 from funcadapt.sites import Site, tied_names
 
 Adapters = Adapter | Mapping[str, Adapter]
@@ -81,6 +82,8 @@ def functional_call(
         RuntimeError: if an activation checkpoint would lose the adapters' gradients.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
         >>> x = torch.randn(3, 4)
@@ -97,12 +100,7 @@ def functional_call(
     args = args if isinstance(args, tuple) else (args,)
     kwargs = {} if kwargs is None else kwargs
     compiling = _torch.is_compiling()
-    target: Any = getattr(model, "_orig_mod", model)
-    if target is not model:
-        raise AdapterError(
-            "The model is the result of torch.compile(model), whose compiled code would not see an adapter. Compile "
-            "the call: torch.compile(lambda adapter, x: fa.functional_call(model, adapter, (x,)), fullgraph=True)."
-        )
+    _refuse_compiled(model)
     entries = entries_of(adapters, weights)
     if compiling:
         installed = Installation(model, entries, parameters, None)
@@ -151,6 +149,8 @@ def applied(
         The model.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
         >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
         >>> x = torch.randn(3, 4)
@@ -159,6 +159,7 @@ def applied(
         >>> torch.equal(y, fa.functional_call(model, adapter, (x,)))
         True
     """
+    _refuse_compiled(model)
     state = state_of(model)
     with state.lock:
         installed = Installation(model, entries_of(adapters, weights), parameters, state)
@@ -172,6 +173,15 @@ def applied(
         finally:
             installed.exit()
     installed.check_ran(strict)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    target: Any = getattr(model, "_orig_mod", model)
+    if target is not model:
+        raise AdapterError(
+            "The model is the result of torch.compile(model), whose compiled code would not see an adapter. Compile "
+            "the call: torch.compile(lambda adapter, x: fa.functional_call(model, adapter, (x,)), fullgraph=True)."
+        )
 
 
 def entries_of(adapters: Adapters, weights: Weights | None) -> list[tuple[str, Adapter, Weight]]:
@@ -209,6 +219,40 @@ def entries_of(adapters: Adapters, weights: Weights | None) -> list[tuple[str, A
     return [(name, adapter, weights.get(name)) for name, adapter in adapters.items()]
 
 
+class Installed:
+    """The outermost forward at one site: notes that the site ran, and lets sites with one input share work.
+
+    It must not refer to its installation: a cycle would leave every call's objects to the garbage collector.
+    """
+
+    __slots__ = ("check", "group", "inner", "number", "path", "ran", "watch")
+
+    def __init__(
+        self, inner: Hooked, path: str, ran: set[str], check: bool, group: Group | None, watch: Watch | None
+    ) -> None:
+        self.inner, self.path, self.ran, self.check = inner, path, ran, check
+        self.group, self.watch = group, watch if inner.level.method.shared is not None else None
+        self.number = group.join(inner.layer, inner.level.p) if group is not None else 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted forward."""
+        self.ran.add(self.path)
+        if self.check and not torch.is_grad_enabled() and _torch.in_reentrant_checkpoint():
+            raise RuntimeError(_REENTRANT)
+        inner, group = self.inner, self.group
+        if group is not None and args:
+            h = group.take(self.number, args[0])
+            if h is not None:
+                return group.shared.up(inner.layer, inner.level.p, h, inner.base(*args, **kwargs))
+        elif self.watch is not None and args:
+            self.watch.see(self.path, args[0])
+        return inner(*args, **kwargs)
+
+    def dense(self) -> Dense:
+        """The dense form of all levels here, for an inner call's adapters."""
+        return self.inner.dense()
+
+
 class Installation:
     """Adapters prepared for one model, that can be put in place and taken away again, more than once.
 
@@ -231,12 +275,16 @@ class Installation:
         self._saved_forwards: list[tuple[dict[str, Any], Any]] = []
         self._saved_values: list[tuple[dict[str, Any], str, Any]] = []
         self._entered = False
+        self._groups: dict[str, Group] = {}
+        self._watch: Watch | None = None
         if parameters:
             self._override(parameters)
         for module, name, tensor, w in self.bound.replaced:
             self._replace(module, name, tensor, w)
         if self.bound.tokens:
             self._tokens()
+        if state is not None:
+            self._find_groups(state)
         for path, levels in self.bound.levels.items():
             place = self.bound.places[path]
             site = place.site
@@ -251,25 +299,29 @@ class Installation:
         if state is not None:
             self._wrap_checkpoints(state)
 
+    def _find_groups(self, state: ModelState) -> None:
+        """Which sites share an input: known from the first call, or watched for in this one."""
+        levels = self.bound.levels
+        self._key = tuple(levels)
+        known = state.groups.get(self._key)
+        if known is None:
+            self._watch = Watch()
+            return
+        shares = {path: only[0].method.shared for path, only in levels.items() if len(only) == 1 and only[0].w is None}
+        self._groups = make_groups(known, {path: share for path, share in shares.items() if share is not None})
+
     # -- what to put in place ---------------------------------------------------------------------------
 
     def _hooked(self, levels: list[Level], site: Site, module: nn.Module, path: str) -> Forward:
         base: Any = module.forward
-        below: Callable[[], Dense] | None = getattr(base, "dense", None)  # an outer call's adapters are below
-        forward, whole = stack_levels(base, levels, site, module, below)
+        below = base.dense if isinstance(base, Installed | Hooked) else None  # an outer call's adapters
+        inner = nest(base, levels, site, module, below)
         if self.state is None:
-            return forward
-        ran, self_ = self.ran, self
-
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            ran.add(path)
-            if not torch.is_grad_enabled():
-                self_.check_reentrant(path)
-            return forward(*args, **kwargs)
-
-        marked.dense = whole  # pyright: ignore[reportFunctionMemberAccess]
+            return inner
         self.hooked.append(path)
-        return marked
+        # A reentrant checkpoint runs its forward without gradients, though the call was made with them.
+        check = torch.is_grad_enabled() and any(t.requires_grad for level in levels for t in level.p.values())
+        return Installed(inner, path, self.ran, check, self._groups.get(path), self._watch)
 
     def _dense(self, levels: list[Level], site: Site, module: nn.Module) -> None:
         layer = Layer(site, module, levels[0].config)
@@ -292,7 +344,9 @@ class Installation:
                 owner, _, short = name.rpartition(".")
                 module = self.model.get_submodule(owner) if full in self._names() else None
                 if module is None:
-                    raise AdapterError(f"parameters names {full!r}, which the model lacks.{did_you_mean(full, self._names())}")
+                    raise AdapterError(
+                        f"parameters names {full!r}, which the model lacks.{did_you_mean(full, self._names())}"
+                    )
                 self._swap(module, short, tensor)
 
     def _names(self) -> list[str]:
@@ -397,18 +451,14 @@ class Installation:
 
     # -- checks -----------------------------------------------------------------------------------------
 
-    def check_reentrant(self, path: str) -> None:
-        """Raise if a site runs in a reentrant checkpoint's forward: its gradients would be lost silently."""
-        trained = any(leaf.requires_grad for level in self.bound.levels[path] for leaf in level.p.values())
-        if trained and _torch.in_reentrant_checkpoint():
-            raise RuntimeError(_REENTRANT)
-
     def check_ran(self, strict: bool) -> None:
-        """Warn, or raise, if an adapted layer never ran.
+        """Note what a first call showed; warn, or raise, if an adapted layer never ran.
 
         A member of a module list of which nothing ran while another member did is no bypass: an expert that got no
         token, a layer that was dropped.
         """
+        if self._watch is not None and self.state is not None:
+            self.state.groups.setdefault(self._key, self._watch.groups())
         if len(self.ran) == len(self.hooked):
             return
         missing = [path for path in self.hooked if path not in self.ran and not _skipped(path, self.ran)]
@@ -471,6 +521,8 @@ def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], conte
         A context for the forward pass, and one for the recomputation in the backward pass.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> class Checkpointed(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -528,9 +580,9 @@ def math_attention() -> contextlib.AbstractContextManager[None]:
         A context manager; put it around the whole transform.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> with fa.math_attention():
         ...     pass  # torch.func.jvp, hessian, grad of grad ...
     """
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-
-

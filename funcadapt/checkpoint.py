@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from torch import Tensor, nn
 from funcadapt.adapter import Adapter
 from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.config import AdapterConfig, config_from_dict
-from funcadapt.errors import AdapterFileError, SiteError
+from funcadapt.errors import AdapterFileError, SiteError, TargetError
 from funcadapt.init import token_table
-from funcadapt.keys import decode, encode
+from funcadapt.keys import buffer_keys, decode, encode
 from funcadapt.method import method_of
 from funcadapt.sites import names_match, sites
 
@@ -47,10 +49,14 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         SiteError: if a leaf has no name in a checkpoint.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
         >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"]))
-        >>> fa.save(adapter, tmp_path / "a")
-        >>> fa.load(tmp_path / "a")
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> fa.save(adapter, folder)
+        >>> fa.load(folder)
         Adapter(lora, 1 site, r=2, 12 parameters, float32)
     """
     folder = Path(directory)
@@ -60,11 +66,14 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     config = method.describe(adapter.config, {path: adapter.leaves(path) for path in adapter.params})
     tensors, order = encode(adapter, method)
     metadata = {"format": "pt"}
+    unusual = [key for key in buffer_keys(adapter) if key in tensors]
+    if unusual:
+        metadata["buffers"] = json.dumps(unusual)  # PEFT's keys do not say what is a buffer
     if len(order) > 1:
         metadata["target_parameters"] = json.dumps(order)  # PEFT's keys only say how deep they nest
     content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     values = {**config.to_dict(), "inference_mode": True, "peft_version": _FORMAT_OF}
-    text = json.dumps(values, indent=2, sort_keys=True)
+    text = json.dumps(dict(sorted(values.items())), indent=2)  # not sort_keys: the first rank_pattern wins
     folder.mkdir(parents=True, exist_ok=True)
     _write_all(folder, {WEIGHTS: to_bytes(content, metadata), CONFIG: text.encode()})
 
@@ -80,11 +89,35 @@ def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else can read
-        for temporary, target in written:
-            os.replace(temporary, target)
+        _move_all(written)
     finally:
         for temporary, _ in written:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _move_all(written: Sequence[tuple[str, Path]]) -> None:
+    """Move every file to its place, or none: new weights beside an old config would be a wrong adapter."""
+    older: list[tuple[Path, Path]] = []
+    moved: list[Path] = []
+    try:
+        for temporary, target in written:
+            if target.exists():
+                kept = Path(f"{temporary}.old")
+                shutil.copy2(target, kept)
+                older.append((kept, target))
+        for temporary, target in written:
+            os.replace(temporary, target)
+            moved.append(target)
+    except BaseException:
+        for target in moved:
+            target.unlink()
+        for kept, target in older:
+            if target in moved:
+                kept.rename(target)
+        raise
+    finally:
+        for kept, _ in older:
+            kept.unlink(missing_ok=True)
 
 
 def load(
@@ -118,18 +151,23 @@ def load(
     method = method_of(config)
     try:
         order = json.loads(metadata["target_parameters"]) if "target_parameters" in metadata else []
-        params, buffers = decode(tensors, config, method, order, model)
+        known = json.loads(metadata["buffers"]) if "buffers" in metadata else []
+        params, buffers = decode(tensors, config, method, order, model, known)
+        plain = method.buffers(config)
         for path, leaves in params.items():
             own = {name: leaf for name, leaf in leaves.items() if name in method.keys}
             if own:
-                method.check(config.at(path), path, own)
-                derived = method.buffers(config.at(path))
+                at = config.at(path)
+                method.check(at, path, own)
                 like = next(iter(own.values())).dtype
-                buffers.setdefault(path, {}).update({k: v.to(like) for k, v in derived.items()})
+                derived = plain if at is config else method.buffers(at)
+                if derived:
+                    made = {k: v.clone() if v.dtype == like else v.to(like) for k, v in derived.items()}
+                    buffers.setdefault(path, {}).update(made)
         _token_indices(config, params, buffers)
     except SiteError as error:
         raise AdapterFileError(f"{folder / WEIGHTS}: {error}") from error
-    except (ValueError, RecursionError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
         if isinstance(error, AdapterFileError):
             raise
         raise AdapterFileError(f"{folder / WEIGHTS} does not make an adapter: {error}") from error
@@ -165,7 +203,7 @@ def read_config(folder: Path) -> AdapterConfig:
         raise AdapterFileError(f"{path}: {error}") from error
     except NotImplementedError:
         raise
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, ArithmeticError) as error:
         raise AdapterFileError(f"{path} is no readable config: {error}") from error
 
 
@@ -176,14 +214,56 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         hint = " adapter_model.bin is a pickle, which funcadapt does not open: convert it with PEFT." if pickled else ""
         raise AdapterFileError(f"Can't find {WEIGHTS!r} at {str(folder)!r}.{hint}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:  # checks the header and every offset
             opened: Any = file
-            return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, OverflowError, MemoryError) as error:
+            metadata: dict[str, str] = dict(opened.metadata() or {})
+        content = bytearray(path.read_bytes())
+        size = int.from_bytes(content[:8], "little")
+        header: dict[str, Any] = json.loads(content[8 : 8 + size])
+        header.pop("__metadata__", None)
+        return {key: _view(content, 8 + size, entry) for key, entry in header.items()}, metadata
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise AdapterFileError(f"{path} is truncated or malformed: {error}") from error
 
 
-def _token_indices(config: Any, params: Mapping[str, Mapping[str, Tensor]], buffers: dict[str, dict[str, Tensor]]) -> None:
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _view(content: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
+    """One tensor, as a view of the file's bytes: `safe_open.get_tensor` takes ten times as long for small ones."""
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise TypeError(f"dtype {entry['dtype']} is none that an adapter has")
+    shape = entry["shape"]
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=start + entry["data_offsets"][0]).view(shape)
+
+
+def _token_indices(
+    config: Any, params: Mapping[str, Mapping[str, Tensor]], buffers: dict[str, dict[str, Tensor]]
+) -> None:
     wanted: Any = getattr(config, "trainable_token_indices", None)
     paths = [path for path, leaves in params.items() if TOKENS in leaves]
     if bool(paths) != bool(wanted):
@@ -193,7 +273,9 @@ def _token_indices(config: Any, params: Mapping[str, Mapping[str, Tensor]], buff
         if isinstance(wanted, Mapping):
             rows = next((v for k, v in wanted.items() if names_match((k,), path)), None)  # pyright: ignore
         if rows is None or len(rows) != params[path][TOKENS].shape[0]:  # pyright: ignore
-            raise SiteError(f"{path!r} has {params[path][TOKENS].shape[0]} trained rows, which the config does not list.")
+            raise SiteError(
+                f"{path!r} has {params[path][TOKENS].shape[0]} trained rows, which the config does not list."
+            )
         buffers.setdefault(path, {})[TOKEN_INDICES] = torch.tensor(list(rows), dtype=torch.long)  # pyright: ignore
 
 
@@ -201,7 +283,11 @@ def _check_against(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     """Exactly the sites that the config selects, with the shapes that the model has."""
     from funcadapt.binding import bind, check_shapes, state_of
 
-    expected = {site.path for site in sites(model, adapter.config, strict=False)} | set(token_table(adapter.config, model))
+    try:
+        expected = {site.path for site in sites(model, adapter.config, strict=False)}
+        expected |= set(token_table(adapter.config, model))
+    except (SiteError, TargetError) as error:
+        raise AdapterFileError(f"{folder} does not fit this model: {error}") from error
     missing = sorted(expected - set(adapter.params))
     if missing:
         raise AdapterFileError(f"{folder / WEIGHTS} lacks the site {missing[0]!r} ({len(missing)} in all).")
@@ -213,5 +299,3 @@ def _check_against(model: nn.Module, adapter: Adapter, folder: Path) -> None:
         check_shapes(bind(model, [("", adapter, None)], state_of(model)))
     except SiteError as error:
         raise AdapterFileError(f"{folder / WEIGHTS}: {error}") from error
-
-

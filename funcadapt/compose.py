@@ -38,39 +38,47 @@ class Level:
     w: Weight
 
 
-def hook(base: Forward, level: Level, layer: Layer) -> Forward:
+class Hooked:
     """One level around a forward: `after(p, x, base(before(p, x)))`, interpolated by the level's weight.
 
-    Args:
+    An object rather than a closure: an installation makes one per site and call, and a closure costs a dozen
+    objects, which the garbage collector would have to look at.
+
+    Attributes:
         base: the forward below.
         level: the adapter.
         layer: the layer, as this level sees it.
-
-    Returns:
-        The new forward. Its first argument may also come by name, `input` or `x`.
     """
-    before, after, p, w = level.method.before, level.method.after, level.p, level.w
-    if w is not None:
 
-        def weighted(x: Any = None, /, *args: Any, **kwargs: Any) -> Any:
-            if x is None:
-                x = kwargs.pop("input", None) if "input" in kwargs else kwargs.pop("x")
-            inner = x
-            if before is not None:
-                changed = before(layer, p, x)
-                inner = x if changed is x else blend(x, changed, w, layer.site)
-            y = base(inner, *args, **kwargs)
-            return y if after is None else blend(y, after(layer, p, x, y), w, layer.site)
+    __slots__ = ("base", "layer", "level")
 
-        return weighted
+    def __init__(self, base: Forward, level: Level, layer: Layer) -> None:
+        self.base, self.level, self.layer = base, level, layer
 
-    def forward(x: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+        """The adapted forward. Its first argument may also come by name, `input` or `x`."""
         if x is None:
-            x = kwargs.pop("input", None) if "input" in kwargs else kwargs.pop("x")
-        y = base(x if before is None else before(layer, p, x), *args, **kwargs)
-        return y if after is None else after(layer, p, x, y)
+            x = kwargs.pop("input" if "input" in kwargs else "x")
+        level, layer = self.level, self.layer
+        method, p = level.method, level.p
+        if level.w is not None:
+            return self._weighted(x, args, kwargs)
+        y = self.base(x if method.before is None else method.before(layer, p, x), *args, **kwargs)
+        return y if method.after is None else method.after(layer, p, x, y)
 
-    return forward
+    def _weighted(self, x: Any, args: Any, kwargs: Any) -> Any:
+        level, layer = self.level, self.layer
+        method, p = level.method, level.p
+        inner = x
+        if method.before is not None:
+            changed = method.before(layer, p, x)
+            inner = x if changed is x else blend(x, changed, level.w, layer.site)
+        y = self.base(inner, *args, **kwargs)
+        return y if method.after is None else blend(y, method.after(layer, p, x, y), level.w, layer.site)
+
+    def dense(self) -> Dense:
+        """The dense form of this level and everything below."""
+        return dense(self.level, self.layer, self.layer.weight, self.layer.bias)
 
 
 def blend(without: Tensor, with_: Tensor, w: Weight, site: Site) -> Tensor:
@@ -159,28 +167,22 @@ def interpolate(old: Tensor, new: Tensor, w: Weight) -> Tensor:
     return new if w is None else (old + w * (new - old)).to(old.dtype)
 
 
-def stack_levels(
+def nest(
     base: Forward, levels: Sequence[Level], site: Site, module: nn.Module, below: Callable[[], Dense] | None
-) -> tuple[Forward, Callable[[], Dense]]:
+) -> Hooked:
     """Nest levels around a forward, the first innermost.
 
     Args:
         base: the innermost forward.
-        levels: the adapters.
+        levels: the adapters, at least one.
         site: the site.
         module: its module.
         below: what the innermost level wraps, if it is not the module's own weight.
 
     Returns:
-        The outermost forward, and a function that gives the dense form of the whole.
+        The outermost forward.
     """
-    for level in levels:
-        layer = Layer(site, module, level.config, below)
-        base = hook(base, level, layer)
-        below = _dense_later(level, layer)
-    assert below is not None
-    return base, below
-
-
-def _dense_later(level: Level, layer: Layer) -> Callable[[], Dense]:
-    return lambda: dense(level, layer, layer.weight, layer.bias)
+    hooked = Hooked(base, levels[0], Layer(site, module, levels[0].config, below))
+    for level in levels[1:]:
+        hooked = Hooked(hooked, level, Layer(site, module, level.config, hooked.dense))
+    return hooked

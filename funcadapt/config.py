@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import numbers
 import re
+import types
+import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from funcadapt.errors import AdapterFileError, did_you_mean
@@ -16,6 +21,12 @@ from funcadapt.targets import default_targets
 
 # What PEFT writes beside a method's own fields, and names that older releases wrote. None changes a result.
 _BOOKKEEPING = frozenset({"auto_mapping", "peft_version", "runtime_config", "inference_mode", "revision"})
+
+# PEFT's task types; a file with another one cannot be read by PEFT.
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# Fields that hold a regular expression where they hold a string, and lists of regular expressions.
+_REGEX_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules")
 
 _configs: dict[str, type[AdapterConfig]] = {}
 
@@ -95,17 +106,23 @@ class AdapterConfig:
         super().__init_subclass__(**kwargs)
         if name := cls.__dict__.get("peft_type"):
             _configs[name] = cls
+            # a value like any other: exported programs hold it in their example inputs
+            torch.serialization.add_safe_globals([cls, FrozenDict])
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             value = getattr(value, "value", value) if field.name in ("task_type", "peft_type") else value
             object.__setattr__(self, field.name, freeze(value))
+            _check_type(self, field.name)
             if field.name in self.unsupported and getattr(self, field.name) != freeze(_default(field)):
                 raise NotImplementedError(
                     f"{type(self).__name__}.{field.name}={value!r} is not implemented yet; leave it at "
                     f"{_default(field)!r}."
                 )
+        if self.task_type is not None and self.task_type not in _TASKS:
+            raise ValueError(f"Invalid task type: {self.task_type!r}. It is one of {', '.join(_TASKS)}, or None.")
+        _check_patterns(self)
 
     def at(self, path: str) -> Self:
         """This config with the per-site patterns resolved for one site.
@@ -120,8 +137,8 @@ class AdapterConfig:
         """
         changes: dict[str, Any] = {}
         for field, patterns in self.patterned.items():
-            table: Mapping[str, Any] = getattr(self, patterns) or {}
-            key = matching_pattern(table, path)
+            table: Mapping[str, Any] = getattr(self, patterns)
+            key = matching_pattern(table, path) if table else None
             if key is not None and table[key] != getattr(self, field):
                 changes[field] = table[key]
         return dataclasses.replace(self, **changes) if changes else self
@@ -139,10 +156,13 @@ class AdapterConfig:
             TargetError: if there is no default for that type.
         """
         names = {f.name for f in dataclasses.fields(self)}
-        chosen = [getattr(self, f, None) is not None for f in ("target_modules", "target_parameters")]
-        if "target_modules" not in names or any(chosen):
+        if "target_modules" not in names or getattr(self, "target_modules") is not None:  # noqa: B009
             return self
-        return dataclasses.replace(self, **{"target_modules": default_targets(self, model_type)})
+        if getattr(self, "target_parameters", None):
+            # PEFT adds the model type's default modules, except where it knows the type as a mixture of experts.
+            # Here parameters alone mean parameters alone; the empty list makes PEFT read the file so, too.
+            return dataclasses.replace(self, **{"target_modules": ()})
+        return dataclasses.replace(self, target_modules=default_targets(self, model_type))
 
     def label(self) -> str:
         """The method's name for people."""
@@ -155,6 +175,54 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of PEFT's `adapter_config.json`: every field, in JSON types."""
         return {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+@functools.cache
+def _hints(cls: type[AdapterConfig]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:  # a config class that was defined inside a function, with types of that function
+        return {}
+
+
+def _check_type(config: AdapterConfig, name: str) -> None:
+    """A value of the declared type. PEFT takes any: `use_dora="no"` is true, `modules_to_save="head"` five letters."""
+    value, hint = getattr(config, name), _hints(type(config)).get(name, Any)
+    if not _fits(value, hint):
+        declared = next(f.type for f in dataclasses.fields(config) if f.name == name)
+        raise TypeError(f"`{name}` of {type(config).__name__} must be {declared}, got {value!r}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1])
+            for k, v in value.items()  # pyright: ignore[reportUnknownVariableType]
+        )
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)  # pyright: ignore[reportUnknownVariableType]
+    if hint in (int, float):
+        number = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _check_patterns(config: AdapterConfig) -> None:
+    """Regular expressions compile: here, where the message can name the field, and not at the first model."""
+    found = [(name, value) for name in _REGEX_FIELDS if isinstance(value := getattr(config, name, None), str)]
+    found += [(name, key) for name in config.patterned.values() for key in getattr(config, name) or ()]
+    layers: Any = getattr(config, "layers_pattern", None) or ()
+    found += [("layers_pattern", key) for key in ((layers,) if isinstance(layers, str) else layers)]
+    for name, pattern in found:
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"`{name}` has {pattern!r}, which is no regular expression: {error}") from error
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -201,9 +269,7 @@ def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
         elif name in _BOOKKEEPING:
             continue
         elif value in (None, False, {}, []):  # a newer PEFT writes its new switches, switched off
-            warnings.warn(
-                f"{cls.__name__} has no field {name!r}; it is {value!r} here and is ignored.", stacklevel=2
-            )
+            warnings.warn(f"{cls.__name__} has no field {name!r}; it is {value!r} here and is ignored.", stacklevel=2)
         else:
             raise AdapterFileError(f"{cls.__name__} has no field {name!r}.{did_you_mean(name, fields)}")
     try:

@@ -25,6 +25,8 @@ def structural_copy(model: _M) -> _M:
         The copy.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Linear(4, 2)
         >>> twin = fa.structural_copy(model)
         >>> twin is model, twin.weight is model.weight

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def run(
     model_name: str | None = None,
     out: str | os.PathLike[str] = "funcadapt-demo",
     *,
-    steps: int = 28,
+    steps: int = 24,
     batch: int = 1,
     length: int = 128,
     rank: int = 8,
@@ -115,35 +115,33 @@ def run(
     """
     console = Console() if console is None else console
     texts = python_texts() if texts is None else texts
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
 
     console.print("Reading the model (the first time, it is downloaded and converted) ...")
     with _timed(seconds, "model"):
         model, tokenizer = load_pretrained(model_name)
         model.requires_grad_(False)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def draw_windows(documents: Sequence[str], count: int) -> Tensor:
         return windows(documents, tokenizer, count=count, length=length, seed=seed)
 
     with _timed(seconds, "training"):
-        config = fa.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        config = fa.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         start = fa.init(model, config, seed=seed)
         console.print(_introduction(model, start, texts, seconds["model"]))
         adapters: dict[str, fa.Adapter] = {}
         with _progress(console) as progress:
             for text in texts:
                 ids = draw_windows(text.train, steps * batch).view(steps, batch, length)
-                bar = progress.add_task(text.name, total=steps, loss=math.nan)
+                bar = progress.add_task(text.name, total=steps, loss="")
                 adapters[text.name] = train(
                     model,
                     start,
                     ids,
                     learning_rate=learning_rate,
-                    report=lambda loss, bar=bar: progress.update(bar, advance=1, loss=loss),
+                    report=lambda loss, bar=bar: progress.update(bar, advance=1, loss=f"loss {loss:.3f}"),
                 )
         checkpoints = {name: folder / name for name in adapters}
         for name, adapter in adapters.items():
@@ -155,16 +153,15 @@ def run(
             row: {name: perplexity(model, adapters.get(row), ids) for name, ids in tests.items()}
             for row in (BASE, *adapters)
         }
-        figure = _draw_matrix(matrix, folder / "perplexity.png")
+        figure = folder / "perplexity.png"
+        _draw_matrix(matrix, figure)
     console.print("\nPerplexity on held-out text (lower is better)", _matrix_table(matrix))
 
     with _timed(seconds, "continuations"):
         first, second, *_ = adapters
         mixtures: dict[str, dict[str, float]] = {name: {name: 1.0} for name in adapters}
         mixtures = {BASE: {}, **mixtures, f"{first} + {second}": {first: 0.5, second: 0.5}}
-        continuations = continue_prompt(
-            model, tokenizer, adapters, mixtures, prompt=prompt, new_tokens=new_tokens
-        )
+        continuations = continue_prompt(model, tokenizer, adapters, mixtures, prompt=prompt, new_tokens=new_tokens)
     for row, continuation in continuations.items():
         shown = Styled(prompt, "dim").append(continuation, "not dim")
         console.print(Panel(shown, title=row, title_align="left"))
@@ -174,13 +171,10 @@ def run(
     if difference is None:
         console.print("PEFT is not installed, so its logits were not compared.")
     else:
-        console.print(
-            f"PEFT reads the {first} checkpoint; logits differ by {difference:.1e} at most."
-        )
-    console.print(
-        f"The checkpoints and {figure.name} are in {folder}", soft_wrap=True, markup=False
-    )
-    console.print(", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
+        console.print(f"PEFT reads the {first} checkpoint; logits differ by {difference:.1e} at most.")
+    console.print(f"The checkpoints and {figure.name} are in {folder}", soft_wrap=True, markup=False)
+    spent = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
+    console.print(f"Seconds: {spent}; in all {sum(seconds.values()):.1f}", soft_wrap=True)
     return DemoResult(matrix, continuations, checkpoints, figure, difference, seconds)
 
 
@@ -209,7 +203,7 @@ def compare_with_peft(model: Any, checkpoint: Path, ids: Tensor) -> float | None
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str) -> Generator[None, None, None]:
     started = perf_counter()
     yield
     seconds[stage] = perf_counter() - started
@@ -232,7 +226,7 @@ def _progress(console: Console) -> Progress:
         TextColumn("training {task.description:<12}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[loss]}"),
         TimeElapsedColumn(),
         console=console,
     )
@@ -245,25 +239,18 @@ def _matrix_table(matrix: Matrix) -> Table:
         table.add_column(text, justify="right")
     best = {text: min(values[text] for values in matrix.values()) for text in matrix[BASE]}
     for row, values in matrix.items():
-        cells = (
-            Styled(f"{value:.2f}", "bold green" if value == best[text] else "")
-            for text, value in values.items()
-        )
+        cells = (Styled(f"{value:.2f}", "bold green" if value == best[text] else "") for text, value in values.items())
         table.add_row(row, *cells)
     return table
 
 
-def _draw_matrix(matrix: Matrix, path: Path) -> Path:
+def _draw_matrix(matrix: Matrix, path: Path) -> None:
     """Draws the matrix as a picture; the colour is the perplexity relative to the bare model's."""
     figures = optional("matplotlib.figure")
     rows, columns = list(matrix), list(matrix[BASE])
-    relative = [
-        [math.log2(matrix[row][text] / matrix[BASE][text]) for text in columns] for row in rows
-    ]
-    limit = max(abs(value) for line in relative for value in line) or 1.0
-    figure = figures.Figure(
-        figsize=(1.6 * len(columns) + 1.6, 0.7 * len(rows) + 1.2), layout="constrained"
-    )
+    relative = [[math.log2(matrix[row][text] / matrix[BASE][text]) for text in columns] for row in rows]
+    limit = 1.5 * max(abs(value) for line in relative for value in line) or 1.0  # no colour too dark to read on
+    figure = figures.Figure(figsize=(1.6 * len(columns) + 1.6, 0.7 * len(rows) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(relative, cmap="RdYlGn_r", vmin=-limit, vmax=limit, aspect="auto")
     for i, row in enumerate(rows):
@@ -276,4 +263,3 @@ def _draw_matrix(matrix: Matrix, path: Path) -> Path:
     axes.set_ylabel("adapter")
     axes.set_title("Perplexity (green: better than the bare model)")
     figure.savefig(path, dpi=150)  # a Figure without pyplot draws with Agg, and needs no display
-    return path

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funcadapt.compose import Level, check_dense, dense, stack_levels
+from funcadapt import _torch
+from funcadapt.compose import Level, check_dense, dense, nest
+from funcadapt.errors import SiteError
 from funcadapt.layer import Dense, Layer
 from funcadapt.sites import Site
 
@@ -55,9 +57,16 @@ class Factored:
 
         Raises:
             AdapterError: if a weight is per row or token (rows are regrouped before they get here), or dropout is active.
+            SiteError: if a leaf has another number of experts.
         """
         for level in levels:
             check_dense(level, site, training=module.training)
+            for name, leaf in level.p.items() if site.experts else ():
+                if leaf.ndim and leaf.shape[0] != site.experts:  # indexing an expert would not notice
+                    raise SiteError(
+                        f"{level.method.name} at {site.path!r}: {name} has shape {tuple(leaf.shape)}, expected one entry for "
+                        f"each of the {site.experts} experts. Was this adapter made for another model?"
+                    )
         if isinstance(stored, Factored):
             levels, stored = [*stored.levels, *levels], stored.stored
         return cls(stored, levels, site, module, site.transposed)
@@ -86,8 +95,7 @@ class Factored:
             (*batch, out).
         """
         below: Callable[[], Dense] = lambda: (self._canonical(), None)  # noqa: E731
-        forward, _ = stack_levels(base, self.levels, self._one(), self.module, below)
-        return forward(x)
+        return nest(base, self.levels, self._one(), self.module, below)(x)
 
     def batched(self, x: Tensor) -> Tensor:
         """One product per leading index of weight and leaves: x (S, n, in) -> (S, n, out)."""
@@ -178,7 +186,7 @@ class Factored:
 
 
 _CHEAP = frozenset(
-    "shape dtype device ndim size dim numel is_cuda requires_grad is_floating_point layout is_meta element_size".split()
+    ["shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad", "is_floating_point", "layout", "is_meta", "element_size"]
 )
 
 
@@ -241,4 +249,5 @@ _RULES: dict[Any, Callable[..., Any]] = {
     ),
     Tensor.__rmatmul__: lambda weight, x: _matmul(x, weight),
     F.grouped_mm: _grouped,
+    _torch.grouped_mm: _grouped,
 }

@@ -52,6 +52,8 @@ def init(
         AdapterError: if the init takes a part out of the base weights (PiSSA, OLoRA): use `init_with_base`.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         >>> both = fa.init(model, fa.LoraConfig(r=2, target_modules=["0", "1"]), seed=7)
         >>> one = fa.init(model, fa.LoraConfig(r=2, target_modules=["1"]), seed=7)
@@ -96,6 +98,8 @@ def init_with_base(
         SiteError: as in `init`.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> adapter, base = fa.init_with_base(model, fa.LoraConfig(r=2, target_modules="0", init_lora_weights="pissa"))
         >>> x = torch.randn(5, 4)
@@ -115,7 +119,8 @@ def init_with_base(
         corrected = method.residual(at, {**fresh.params, **fresh.buffers}, layer.weight.detach())
         if corrected is not None:
             base[site.weight_name] = layer.stored(corrected)
-        params[site.path], buffers[site.path] = _without_single_expert_axis(site, fresh)
+        fresh = _without_single_expert_axis(site, fresh)
+        params[site.path], buffers[site.path] = dict(method.layout(fresh.params)), fresh.buffers
     _whole_parameters(model, config, table, (params, buffers), device)
     _token_rows(model, config, (params, buffers), device)
     if not params:
@@ -123,9 +128,7 @@ def init_with_base(
     return Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config), base
 
 
-def _draw(
-    site: Site, seed: int, dtype: torch.dtype | None, device: torch.device | str | None
-) -> Draw:
+def _draw(site: Site, seed: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Draw:
     target = torch.device(device) if device is not None else site.device
     digest = hashlib.sha256(f"{seed}:{site.path}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -192,7 +195,7 @@ def _whole_parameters(
 
 def is_saved_by(name: str, path: str) -> bool:
     """Whether a path is the module that an entry of `modules_to_save` names."""
-    return path == name or path.endswith(f".{name}")
+    return path.endswith(name)  # PEFT's rule, see is_saved
 
 
 def token_table(config: Any, model: nn.Module) -> dict[str, list[int]]:
@@ -221,7 +224,9 @@ def token_table(config: Any, model: nn.Module) -> dict[str, list[int]]:
     for name, rows in names.items():
         matches = [path for path in paths if names_match((name,), path)]
         if not matches:
-            raise TargetError(f"trainable_token_indices names {name!r}, which matches no module.{did_you_mean(name, paths)}")
+            raise TargetError(
+                f"trainable_token_indices names {name!r}, which matches no module.{did_you_mean(name, paths)}"
+            )
         for path in matches:
             size = model.get_submodule(path).weight.shape[0]  # pyright: ignore
             bad = [i for i in rows if not 0 <= i < size]  # pyright: ignore

@@ -68,6 +68,16 @@ def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[st
     return tensors, [path for group in owners.values() for path in group]
 
 
+def buffer_keys(adapter: Adapter) -> list[str]:
+    """The keys of saved modules' buffers that neither their name nor their dtype gives away."""
+    return [
+        f"{PREFIX}{path}.{name}"
+        for path, leaves in adapter.buffers.items()
+        for name, buffer in leaves.items()
+        if is_saved(adapter.config, path) and name not in _BUFFER_NAMES and buffer.is_floating_point()
+    ]
+
+
 def _put(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
     if PREFIX + key in tensors:
         raise AdapterFileError(f"Two leaves would be saved under the key {PREFIX + key!r}.")
@@ -97,6 +107,7 @@ def decode(
     method: Method,
     order: Sequence[str],
     model: nn.Module | None,
+    known_buffers: Sequence[str] = (),
 ) -> Trees:
     """The leaves that a checkpoint holds.
 
@@ -106,6 +117,7 @@ def decode(
         method: its method.
         order: plain-parameter sites in nesting order, if the file says; else [].
         model: the model, if there is one to look things up in.
+        known_buffers: keys of buffers, if the file says.
 
     Returns:
         Params and buffers.
@@ -120,11 +132,15 @@ def decode(
     for key, tensor in tensors.items():
         short = key.removeprefix(PREFIX)
         suffix = next((s for s in suffixes if short.endswith(s)), None)
+        if key != short and short in tensors:
+            raise AdapterFileError(f"{short!r} is there twice, with and without the prefix {PREFIX!r}.")
         if suffix is not None:
+            _check_floating(short.removesuffix(suffix), suffixes[suffix], tensor)
             by_module.setdefault(short.removesuffix(suffix), {})[suffixes[suffix]] = tensor
             continue
         path, _, name = short.rpartition(".")
         if name == TOKENS and path.endswith(".token_adapter"):
+            _check_floating(path.removesuffix(".token_adapter"), name, tensor)
             params.setdefault(path.removesuffix(".token_adapter"), {})[TOKENS] = tensor
             continue
         wrapped = path.endswith(".base_layer")
@@ -134,15 +150,30 @@ def decode(
                 f"Unexpected key {key!r}: {method.name} has the leaves {', '.join(map(repr, method.keys.values()))}, and "
                 f"{path!r} is not in modules_to_save.{did_you_mean(name, method.keys.values())}"
             )
-        buffer = name in _BUFFER_NAMES or not tensor.is_floating_point()
+        buffer = key in known_buffers or _is_buffer(path, name, tensor, model)
         (buffers if buffer else params).setdefault(path, {})[name] = tensor
     if not by_module and not params:
         raise AdapterFileError("The file holds no tensors of an adapter.")
     for module, leaves in by_module.items():
         path, parameter = _site_path(module, by_module, config, order, model)
         leaves = method.unpack(config.at(path), leaves) if parameter else leaves
-        params[path] = {**{n: leaves[n] for n in method.keys if n in leaves}, **params.get(path, {})}
+        own = method.layout({n: leaves[n] for n in method.keys if n in leaves})
+        params[path] = {**own, **params.get(path, {})}
     return params, buffers
+
+
+def _check_floating(path: str, leaf: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise AdapterFileError(f"The site {path!r} has {leaf!r} of {tensor.dtype}, expected floating-point numbers.")
+
+
+def _is_buffer(path: str, name: str, tensor: Tensor, model: nn.Module | None) -> bool:
+    if model is not None:
+        try:
+            return name in model.get_submodule(path)._buffers
+        except AttributeError:
+            pass
+    return name in _BUFFER_NAMES or not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _may_be_whole(config: AdapterConfig, path: str, name: str, wrapped: bool) -> bool:

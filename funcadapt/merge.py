@@ -41,6 +41,8 @@ def merge(
         SiteError: if a leaf does not fit the model, or a base weight is quantised.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
         >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
         >>> x, weights = torch.randn(3, 4), fa.merge(model, adapter)
@@ -70,8 +72,9 @@ def merge(
     for path, _, rows, indices, w in bound.tokens:
         name = _join(path, "weight")
         old = now(name)
-        for each in (name, *ties.get(name, ())):  # a tied head shares the trained rows
-            merged[each] = interpolate(old, old.index_copy(0, indices, rows.to(old.dtype)), w)
+        new = interpolate(old, old.index_copy(0, indices, rows.to(old.dtype)), w)
+        for each in (name, *ties.get(name, ())):  # a tied head shares the trained rows, and stays tied
+            merged[each] = new
     for path, levels in bound.levels.items():
         site, module = bound.places[path].site, bound.places[path].module
         assert site is not None
@@ -143,6 +146,8 @@ def merge_(
         SiteError: as in `merge`.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
         >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
         >>> x = torch.randn(3, 4)
@@ -154,7 +159,9 @@ def merge_(
         merged = merge(model, adapters, weights=weights, tied=tied)
     for name, tensor in merged.items():
         if safe and not torch.isfinite(tensor).all():
-            raise AdapterError(f"NaN or infinity in the merged {name!r}. The adapter seems to be broken; nothing was merged.")
+            raise AdapterError(
+                f"NaN or infinity in the merged {name!r}. The adapter seems to be broken; nothing was merged."
+            )
     ties = tied_names(model)
     with torch.no_grad():
         for name, tensor in merged.items():

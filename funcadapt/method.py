@@ -19,7 +19,7 @@ strict about shapes: reshape a leaf to the size that the site has, so that a wro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -76,10 +76,24 @@ class AfterFn(Protocol):
 class WeightFn(Protocol):
     """`weight`: the dense form."""
 
-    def __call__(
-        self, layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the adapted weight and bias. `weight` is canonical, (out, in, *kernel)."""
+        ...
+
+
+class Shared(Protocol):
+    """The part of `after` that sites with one input can do together: q, k and v, or gate and up."""
+
+    def ready(self, layer: Layer, p: Leaf, x: Tensor) -> bool:
+        """Whether this site can take part in this call."""
+        ...
+
+    def down(self, ps: Sequence[Leaf], x: Tensor) -> Sequence[Tensor]:
+        """The intermediates of all sites for their common input."""
+        ...
+
+    def up(self, layer: Layer, p: Leaf, h: Tensor, y: Tensor) -> Tensor:
+        """The rest: `after(layer, p, x, y) == up(layer, p, down([p], x)[0], y)`."""
         ...
 
 
@@ -120,12 +134,14 @@ class Method:
         weight: the dense form.
         before: the hook on the input, if the method has one.
         after: the hook on the output, if the method has one.
+        shared: the part of `after` that sites with one input can do together, if there is one.
         when: whether it is this method that a config of that class selects. The first registered one that says
             yes wins, the ones registered with a `when` before the ones without.
         buffers: the 0-d leaves that follow from the config (LoRA's scaling). They are not in checkpoints.
         describe: the config that the leaves say, e.g. after a sweep changed a scaling. Used when saving.
         check: raises SiteError if the leaves of one site, read from a file, are incomplete or do not fit the config
             or each other.
+        layout: the same leaves in the memory layout in which the hooks are fastest. Applied when they are made or read.
         pack: the leaves of experts in the shapes that PEFT stores, where they differ.
         unpack: the inverse, given the site's config.
         dropout: the probability of dropout in the hooks; the dense form cannot have any.
@@ -141,10 +157,12 @@ class Method:
     weight: WeightFn
     before: HookFn | None = None
     after: AfterFn | None = None
+    shared: Shared | None = None
     when: Callable[[Any], bool] = _always
     buffers: Callable[[Any], dict[str, Tensor]] = _no_buffers
     describe: Callable[[Any, Mapping[str, Leaf]], Any] = _keep
     check: Callable[[Any, str, Leaf], None] = _accept
+    layout: Callable[[Leaf], Leaf] = _identity
     pack: Callable[[Leaf], Leaf] = _identity
     unpack: Callable[[Any, Leaf], Leaf] = _second
     dropout: Callable[[Any], float] = lambda config: 0.0
@@ -160,9 +178,7 @@ class Draw:
     not change the draw. On the meta device nothing is drawn.
     """
 
-    def __init__(
-        self, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> None:
         self.generator, self.dtype, self.device = generator, dtype, device
 
     @property

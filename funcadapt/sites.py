@@ -104,9 +104,7 @@ class SiteTable(Sequence[Site]):
         return "\n".join([*lines, f"{len(self)} site{'s' * (len(self) != 1)}, {total:,} base parameters"])
 
 
-def sites(
-    model: nn.Module, config: AdapterConfig, *, expect: int | None = None, strict: bool = True
-) -> SiteTable:
+def sites(model: nn.Module, config: AdapterConfig, *, expect: int | None = None, strict: bool = True) -> SiteTable:
     """The sites that a config selects in a model, by PEFT's rules.
 
     `target_modules` is a list of names (each matches a module of that path, or one that ends in it after a dot), a
@@ -129,6 +127,8 @@ def sites(
         SiteError: if a matched module is of a kind that the method cannot adapt.
 
     Example:
+        >>> import torch
+        >>> import funcadapt as fa
         >>> model = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 8), "down": torch.nn.Linear(8, 4)})
         >>> fa.sites(model, fa.LoraConfig(target_modules=["up", "down"]), expect=2)
         path  kind    shape  parameters  tied with
@@ -141,6 +141,7 @@ def sites(
     config = config.for_model(model_type(model))
     method = method_of(config)
     tied = tied_names(model)
+    _check_saved_modules(model, config)
     chosen = _target_modules(model, config, strict)
     found: dict[str, Site] = {}
     for path, module in chosen.items():
@@ -314,7 +315,7 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def model_type(model: nn.Module) -> str | None:
-    """transformers' model type ("llama"), from the model's config, or None."""
+    """Transformers' model type ("llama"), from the model's config, or None."""
     config: Any = getattr(model, "config", None)
     found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)  # pyright: ignore
     return found if isinstance(found, str) else None
@@ -328,9 +329,19 @@ def names_match(names: str | Sequence[str], path: str) -> bool:
 
 
 def is_saved(config: AdapterConfig, path: str) -> bool:
-    """Whether a path is in or below a module that `modules_to_save` names."""
+    """Whether a path is in or below a module that `modules_to_save` names.
+
+    PEFT's rule: the end of the module's path decides, without a dot before it, so that "norm" also is
+    "layers.0.input_layernorm".
+    """
     saved: Sequence[str] = getattr(config, "modules_to_save", None) or ()
-    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in saved)
+    return any(f"{name}." in f"{path}." for name in saved)
+
+
+def _is_kept_out(config: AdapterConfig, path: str) -> bool:
+    """Whether `modules_to_save` keeps a path from being a target. PEFT's rule here has the dot before the name."""
+    saved: Sequence[str] = getattr(config, "modules_to_save", None) or ()
+    return any(f".{name}." in f".{path}." for name in saved)
 
 
 def _target_modules(model: nn.Module, config: AdapterConfig, strict: bool) -> dict[str, nn.Module]:
@@ -340,15 +351,17 @@ def _target_modules(model: nn.Module, config: AdapterConfig, strict: bool) -> di
         return {}
     modules = {path: m for path, m in model.named_modules() if path}
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = _all_linear(model, modules)
+        targets = _all_linear(model, config, modules)
     exclude: Any = getattr(config, "exclude_modules", None)
     excluded = [path for path in modules if exclude and names_match(exclude, path)]
-    left = {
-        path: module
-        for path, module in modules.items()
-        if _matches(config, targets, path) and not is_saved(config, path)
-    }
-    chosen = {path: module for path, module in left.items() if path not in set(excluded)}
+    left = {path: module for path, module in modules.items() if _matches(config, targets, path)}
+    chosen = {p: m for p, m in left.items() if p not in set(excluded) and not _is_kept_out(config, p)}
+    for path in chosen:
+        if is_saved(config, path):
+            raise TargetError(
+                f"{path!r} is in target_modules, and its name ends in one of modules_to_save={config.modules_to_save}: "  # pyright: ignore
+                "it would be trained twice. Give the longer path in modules_to_save, or drop it from target_modules."
+            )
     if not chosen and not parameters:
         _nothing_matched(config, targets, list(modules), bool(left))
     if strict:
@@ -356,7 +369,7 @@ def _target_modules(model: nn.Module, config: AdapterConfig, strict: bool) -> di
             raise TargetError(f"exclude_modules={exclude!r} excludes nothing.{_near(exclude, modules)}")
         for name in () if isinstance(targets, str) else targets:
             used = any(names_match((name,), path) for path in (*chosen, *excluded))
-            if not used and not is_saved(config, name):
+            if not used and not _is_kept_out(config, name):
                 raise TargetError(
                     f"target_modules names {name!r}, which matches no module"
                     f"{_layers_note(config)}.{did_you_mean(name, _endings(modules))}"
@@ -385,13 +398,16 @@ def _matches(config: AdapterConfig, targets: str | Sequence[str], path: str) -> 
     return index is not None and (index == layers if isinstance(layers, int) else index in layers)
 
 
-def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+def _all_linear(model: nn.Module, config: AdapterConfig, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    get_output: Any = getattr(model, "get_output_embeddings", None)
+    output: Any = get_output() if get_output is not None else None
+    if output is None and get_output is not None and getattr(config, "task_type", None) == "SEQ_CLS":
+        heads = (getattr(model, name, None) for name in ("score", "classifier"))
+        output = next((head for head in heads if head is not None), None)
     names: list[str] = []
     for path, module in modules.items():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        head = output is None and path.rpartition(".")[2] in ("score", "classifier") and hasattr(model, "config")
-        if linear and module is not output and not head:
+        if linear and module is not output:
             names.append(path)
     return tuple(names)
 
@@ -442,6 +458,17 @@ def _endings(paths: Iterator[str] | Mapping[str, Any] | Sequence[str]) -> list[s
 def _near(names: Any, paths: Mapping[str, Any] | Sequence[str]) -> str:
     first = names if isinstance(names, str) else next(iter(names), "")
     return did_you_mean(first, _endings(paths), count=6)
+
+
+def _check_saved_modules(model: nn.Module, config: AdapterConfig) -> None:
+    saved: Sequence[str] = getattr(config, "modules_to_save", None) or ()
+    for path, module in model.named_modules() if saved else ():
+        named = path and any(path.endswith(name) for name in saved)
+        if named and isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            raise TargetError(
+                f"modules_to_save names {path!r}, which is a {type(module).__name__}: it is never called, so PEFT cannot "
+                "save it. Name the modules in it."
+            )
 
 
 def _check_ties(table: Sequence[Site]) -> None:

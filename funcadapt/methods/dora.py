@@ -69,7 +69,7 @@ def init(site: Site, config: lora.LoraConfig, draw: Draw, weight: Callable[[], T
 
 
 def ratio(layer: Layer, p: Leaf, weight: Tensor) -> Tensor:
-    """m / n, shape (out)."""
+    """M / n, shape (out)."""
     a, b, scaling = lora.factors(p)
     m = p["lora_magnitude_vector"].reshape(layer.site.out_features)
     return m / row_norm(weight, a, b, scaling).to(m.dtype)
@@ -110,6 +110,7 @@ METHOD = register(
         buffers=lora.buffers,
         describe=lora.describe,
         check=lora.check,
+        layout=lora.layout,
         pack=lora.pack,
         unpack=lora.unpack,
         residual=lora.residual,

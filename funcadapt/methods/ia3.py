@@ -36,8 +36,8 @@ class IA3Config(AdapterConfig):
     Attributes:
         target_modules: names, a regular expression, "all-linear", or None for the model type's default.
         exclude_modules: names or a regular expression to leave out.
-        feedforward_modules: which of the targets are scaled at their input. None: the model type's default if
-            `target_modules` is None too, else none of them.
+        feedforward_modules: which of the targets are scaled at their input. None: the model type's default, whatever
+            `target_modules` is.
         fan_in_fan_out: PEFT's bookkeeping; the layer's type decides.
         modules_to_save: modules that are trained in full and saved with the adapter.
         init_ia3_weights: whether the vectors start at one.
@@ -100,14 +100,14 @@ def init(site: Site, config: IA3Config, draw: Draw, weight: Callable[[], Tensor]
 
 
 def before(layer: Layer, p: Leaf, x: Tensor) -> Tensor:
-    """x * l at feed-forward layers."""
+    """X * l at feed-forward layers."""
     if not _at_input(layer):
         return x
     return (x * layer.per_input(p["ia3_l"])).to(x.dtype)
 
 
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
-    """y * l at the other layers."""
+    """Y * l at the other layers."""
     if _at_input(layer):
         return y
     return (y * layer.per_output(p["ia3_l"])).to(y.dtype)

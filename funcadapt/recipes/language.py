@@ -45,7 +45,7 @@ def train(
         loss = fa.functional_call(model, live, (rows,), {"labels": rows, "use_cache": False}).loss
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         report(loss.item())
     return live.map(Tensor.detach)
 
@@ -63,10 +63,7 @@ def perplexity(model: Any, adapter: fa.Adapter | None, ids: Tensor) -> float:
         The exponential of the mean negative log-likelihood of a token.
     """
     kwargs = {"labels": ids, "use_cache": False}
-    if adapter is None:
-        out = model(ids, **kwargs)
-    else:
-        out = fa.functional_call(model, adapter, (ids,), kwargs)
+    out = model(ids, **kwargs) if adapter is None else fa.functional_call(model, adapter, (ids,), kwargs)
     return math.exp(out.loss.item())
 
 
@@ -95,10 +92,7 @@ def continue_prompt(
     Returns:
         The continuation in each row, without the prompt.
     """
-    weights = {
-        name: torch.tensor([mixture.get(name, 0.0) for mixture in mixtures.values()])
-        for name in adapters
-    }
+    weights = {name: torch.tensor([mixture.get(name, 0.0) for mixture in mixtures.values()]) for name in adapters}
     ids = torch.tensor([tokenizer(prompt)["input_ids"]]).expand(len(mixtures), -1)
     with fa.applied(model, adapters, weights=weights):
         out = model.generate(

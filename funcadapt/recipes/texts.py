@@ -70,8 +70,7 @@ def source_code() -> Text:
         TextMissingError: if a module is missing or comes without its source.
     """
     train, held_out = (
-        tuple(_source(f"asyncio.{name}") for name in names)
-        for names in (_TRAIN_MODULES, _HELD_OUT_MODULES)
+        tuple(_source(f"asyncio.{name}") for name in names) for names in (_TRAIN_MODULES, _HELD_OUT_MODULES)
     )
     return Text("code", "source of asyncio", train, held_out)
 
@@ -85,7 +84,7 @@ def documentation() -> Text:
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
-        raise _missing("pydoc_data.topics") from error
+        raise TextMissingError(_advice("pydoc_data.topics")) from error
     train, held_out = _split([text for _, text in sorted(topics.items())])
     # Topics quote one another ("for" is a section of "compound"), so that different topics are not
     # enough: no held-out paragraph may be anywhere in training.
@@ -112,9 +111,7 @@ def characters() -> Text:
     return Text("characters", "table of HTML entities", tuple(train), tuple(held_out))
 
 
-def windows(
-    documents: Sequence[str], tokenizer: Any, *, count: int, length: int, seed: int
-) -> Tensor:
+def windows(documents: Sequence[str], tokenizer: Any, *, count: int, length: int, seed: int) -> Tensor:
     """Cuts documents into windows of equally many tokens, and draws some of them.
 
     No window spans two documents, and no two windows overlap.
@@ -137,9 +134,7 @@ def windows(
         ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         rows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if len(rows) < count:
-        raise TextTooShortError(
-            f"the text fills only {len(rows)} windows of {length} tokens, and {count} are needed"
-        )
+        raise TextTooShortError(f"the text fills only {len(rows)} windows of {length} tokens, and {count} are needed")
     return torch.tensor(random.Random(seed).sample(rows, count))
 
 
@@ -149,7 +144,7 @@ def _source(name: str) -> str:
     loader = spec.loader if spec else None
     source = loader.get_source(name) if isinstance(loader, InspectLoader) else None
     if source is None:
-        raise _missing(f"the source of {name!r}")
+        raise TextMissingError(_advice(f"the source of {name!r}"))
     return source
 
 
@@ -161,8 +156,8 @@ def _split(documents: Iterable[str]) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def _missing(what: str) -> TextMissingError:
-    return TextMissingError(
-        f"this Python comes without {what}: install the full standard library"
+def _advice(missing: str) -> str:
+    return (
+        f"this Python comes without {missing}: install the full standard library"
         " (on Debian and Ubuntu: apt-get install libpython3-stdlib)"
     )

@@ -1,0 +1,284 @@
+"""The table of cases for the laws: method variants x layer kinds.
+
+The laws in `tests/laws` know no method by name. To put a new method under all of them, add one line to `VARIANTS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
+
+import funcadapt as fa
+from funcadapt.init import _draw
+from funcadapt.method import Method, methods
+from funcadapt.sites import describe
+
+# -- layer kinds ------------------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """The smallest user of `nn.MultiheadAttention`."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+class PlainParameter(nn.Module):
+    """A 2-D weight that belongs to no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w)
+
+
+class Experts(nn.Module):
+    """A stack of expert weights, used in one of the ways in which models use them."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use, self.is_transposed = use, use == "matmul"
+        # grouped_mm wants rows of 16 bytes
+        self.w = nn.Parameter(torch.randn(3, *((4, 6) if self.is_transposed else (8, 16) if use == "grouped" else (6, 4))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        if self.use == "linear":
+            return sum(F.linear(x, self.w[e]) * (e + 1) for e in range(3))  # pyright: ignore
+        if self.use == "matmul":
+            return sum(x @ self.w[e] * (e + 1) for e in range(3))  # pyright: ignore
+        if self.use == "bmm":  # every row picks an expert
+            return torch.bmm(self.w[torch.arange(n) % 3], x.unsqueeze(-1)).squeeze(-1)
+        ends = torch.tensor([n // 2, n // 2, n], dtype=torch.int32)  # the second expert gets no row
+        return F.grouped_mm(x, self.w.transpose(-2, -1), offs=ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of layer in the smallest model that has one.
+
+    Attributes:
+        name: its name in the ids of the tests.
+        layer: builds the layer. The model is `nn.Sequential(layer)`.
+        target: the path of the module or parameter to adapt.
+        x: draws an input.
+        exact: the widest dtype in which the layer runs.
+    """
+
+    name: str
+    layer: Callable[[], nn.Module]
+    target: str
+    x: Callable[[], Tensor]
+    exact: torch.dtype = torch.float64
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.target.endswith(".w")
+
+    def model(self, dtype: torch.dtype | None = None) -> nn.Sequential:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(self.layer()).to(dtype or self.exact)
+
+    def inputs(self, dtype: torch.dtype | None = None) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            x = self.x()
+        return x.to(dtype or self.exact) if x.is_floating_point() else x
+
+
+def _normal(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(*shape)
+
+
+def _hf_conv1d() -> nn.Module:
+    layer = Conv1D(6, 4)
+    nn.init.normal_(layer.weight)  # its own init is so small that nothing would show
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def _tokens() -> Tensor:
+    return torch.tensor([[0, 3, 9], [3, 5, 0]])
+
+
+KINDS = [
+    Kind("linear", lambda: nn.Linear(4, 6), "0", _normal(2, 3, 4)),
+    Kind("linear_no_bias", lambda: nn.Linear(4, 6, bias=False), "0", _normal(5, 4)),
+    Kind("hf_conv1d", _hf_conv1d, "0", _normal(2, 3, 4)),
+    Kind("embedding", lambda: nn.Embedding(10, 6), "0", _tokens),
+    Kind("embedding_padding", lambda: nn.Embedding(10, 6, padding_idx=3), "0", _tokens),
+    Kind("conv1d", lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2), "0", _normal(2, 4, 9)),
+    Kind("conv2d", lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="circular"), "0", _normal(2, 4, 5, 5)),
+    Kind("conv2d_grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), "0", _normal(2, 4, 5, 5)),
+    Kind("conv3d", lambda: nn.Conv3d(4, 6, (1, 3, 3), padding="same", bias=False), "0", _normal(2, 4, 3, 4, 3)),
+    Kind("mha", SelfAttention, "0.attention", _normal(2, 3, 8)),
+    Kind("mha_no_bias", lambda: SelfAttention(bias=False), "0.attention", _normal(2, 3, 8)),
+    Kind("parameter", PlainParameter, "0.w", _normal(2, 4)),
+    Kind("experts_linear", lambda: Experts("linear"), "0.w", _normal(4, 4)),
+    Kind("experts_transposed", lambda: Experts("matmul"), "0.w", _normal(4, 4)),
+    Kind("experts_bmm", lambda: Experts("bmm"), "0.w", _normal(4, 4)),
+    Kind("experts_grouped", lambda: Experts("grouped"), "0.w", _normal(4, 16), torch.float32),
+]
+
+# -- method variants --------------------------------------------------------------------------------------
+
+EMBEDDINGS = frozenset({"embedding", "embedding_padding"})
+PARAMETERS = frozenset(k.name for k in KINDS if k.is_parameter)
+WITHOUT_BIAS = PARAMETERS | {"linear_no_bias", "conv3d", "mha_no_bias"}
+GROUPED = frozenset({"conv2d_grouped"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A config of a method, and what it cannot do by its mathematics: there the laws want the error.
+
+    Attributes:
+        name: its name in the ids of the tests.
+        config: keyword arguments that say the targets -> a config.
+        refused: kinds on which `fa.init` must raise SiteError.
+        no_dense: kinds where there is no dense form, so that `fa.merge` must raise SiteError.
+        unusable: kinds where the dense form is the only one, and there is none: calls must raise SiteError.
+        identity: whether a new adapter changes nothing.
+        training: whether the laws run in training mode; not with dropout, which has no dense form.
+    """
+
+    name: str
+    config: Callable[..., fa.AdapterConfig]
+    refused: frozenset[str] = frozenset()
+    no_dense: frozenset[str] = frozenset()
+    unusable: frozenset[str] = frozenset()
+    identity: bool = True
+    training: bool = True
+
+
+def _config(cls: type[fa.AdapterConfig], **fields: Any) -> Callable[..., fa.AdapterConfig]:
+    return lambda **targets: cls(**targets, **fields)
+
+
+VARIANTS: dict[str, list[Variant]] = {
+    "lora": [
+        Variant("plain", _config(fa.LoraConfig, r=2), no_dense=GROUPED),
+        Variant("rslora", _config(fa.LoraConfig, r=2, use_rslora=True, init_lora_weights=False), no_dense=GROUPED, identity=False),
+        Variant("bias", _config(fa.LoraConfig, r=2, lora_bias=True), EMBEDDINGS, GROUPED | WITHOUT_BIAS,
+                frozenset({"mha_no_bias"})),
+        Variant("dropout", _config(fa.LoraConfig, r=2, lora_dropout=0.5), PARAMETERS, GROUPED, training=False),
+    ],
+    "dora": [Variant("plain", _config(fa.LoraConfig, r=2, use_dora=True), refused=GROUPED)],
+    "ia3": [
+        Variant("output", _config(fa.IA3Config, feedforward_modules=[])),
+        Variant("input", lambda target_modules: fa.IA3Config(target_modules=target_modules,
+                                                             feedforward_modules=target_modules), EMBEDDINGS),
+    ],
+}  # fmt: skip
+
+
+# -- cases ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One method variant on one layer kind."""
+
+    method: Method
+    variant: Variant
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.method.name}-{self.variant.name}-{self.kind.name}"
+
+    def model(self, dtype: torch.dtype | None = None) -> nn.Sequential:
+        return self.kind.model(dtype).train(self.variant.training)
+
+    def inputs(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.kind.inputs(dtype)
+
+    def new(self, model: nn.Module, seed: int = 0) -> fa.Adapter:
+        """A freshly initialised adapter."""
+        names = {field.name for field in dataclasses.fields(self.method.config)}
+        if not self.kind.is_parameter:
+            return fa.init(model, self.variant.config(target_modules=[self.kind.target]), seed=seed)
+        if "target_parameters" in names:
+            return fa.init(model, self.variant.config(target_parameters=[self.kind.target]), seed=seed)
+        # The config cannot select a parameter, but an adapter for one is a value like any other.
+        config = self.variant.config(target_modules=[self.kind.target])
+        site, module = describe(model, self.kind.target)
+        weight = getattr(module, site.parameter).detach()
+        weight = weight.transpose(-2, -1) if site.transposed else weight
+        fresh = self.method.init(site, config, _draw(site, seed, None, None), lambda: weight)
+        return fa.Adapter({site.path: fresh.params}, {site.path: fresh.buffers} if fresh.buffers else {}, config)
+
+    def adapter(self, model: nn.Module, seed: int = 0) -> fa.Adapter:
+        """An adapter with no leaf at its initial value, scalars included."""
+        generator = torch.Generator().manual_seed(100 + seed)
+
+        def moved(leaf: Tensor) -> Tensor:
+            if not leaf.ndim:
+                return leaf * (1 + 0.25 * (seed + 1))
+            return leaf + 0.3 * torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+
+        return self.new(model, seed).map(moved)
+
+    def slope(self, model: nn.Module, x: Tensor) -> Tensor:
+        """A different slope for every output; none where torch gives the base layer no gradient by design."""
+        out = model(x).detach()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            slope = torch.randn_like(out)
+        padding = getattr(model[0], "padding_idx", None)  # pyright: ignore
+        return slope if padding is None else slope * (x != padding).unsqueeze(-1)
+
+    @property
+    def no_dense(self) -> bool:
+        return self.kind.name in self.variant.no_dense
+
+    @property
+    def differentiated(self) -> frozenset[str]:
+        """Leaf names whose gradient is the full derivative."""
+        return frozenset(self.method.keys) - self.method.constant_in_gradient
+
+
+def _all_cases() -> Iterator[Case]:
+    for method in methods():
+        for variant in VARIANTS.get(method.name, ()):
+            for kind in KINDS:
+                yield Case(method, variant, kind)
+
+
+ALL = list(_all_cases())
+UNUSABLE = [case for case in ALL if case.kind.name in case.variant.unusable]
+REFUSED = [case for case in ALL if case.kind.name in case.variant.refused]
+CASES = [case for case in ALL if case.kind.name not in case.variant.refused | case.variant.unusable]
+# One variant per method, for the laws that are slow: compile, export, threads.
+FIRST = [case for case in CASES if case.variant is VARIANTS[case.method.name][0]]
+
+
+def stacked(adapters: list[fa.Adapter]) -> fa.Adapter:
+    """Adapters of one form with a leading axis on every leaf: plain pytree arithmetic."""
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *adapters)
+
+
+def tree_close(a: Any, b: Any, **tolerance: float) -> None:
+    """Compare two pytrees of tensors of the same form."""
+    pairs_a, spec_a = pytree.tree_flatten(a)
+    pairs_b, spec_b = pytree.tree_flatten(b)
+    assert spec_a == spec_b
+    torch.testing.assert_close(pairs_a, pairs_b, **tolerance)
+
+
+def tolerance(dtype: torch.dtype, scale: float = 1.0, roundings: int = 16) -> dict[str, float]:
+    """As many roundings of a value of the given size as a law allows: `roundings * eps * scale`."""
+    return {"rtol": 0.0, "atol": roundings * torch.finfo(dtype).eps * max(scale, 1.0)}

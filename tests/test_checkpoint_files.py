@@ -1,0 +1,493 @@
+"""PEFT's files, in both directions and bit for bit; and what happens to files that are not right."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_tools import (
+    Net,
+    attention_truth,
+    config_file,
+    configs,
+    layer_model,
+    logits,
+    peft_load,
+    peft_save,
+    raw,
+    same_adapters,
+    same_tensors,
+    tiny,
+    tokens,
+    wrap,
+)
+from safetensors.torch import save_file
+from torch import nn
+
+import funcadapt as fa
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
+
+
+def both_ways(make: Any, inputs: dict[str, Any], tmp_path: Path, method: str, fields: dict[str, Any]) -> fa.Adapter:
+    """PEFT -> funcadapt -> PEFT: outputs, keys, bytes and configs stay what they were."""
+    peft_config, _ = configs(method, **fields)
+    wrapped = wrap(make(), peft_config)
+    theirs = peft_save(wrapped, tmp_path / "theirs")
+    with torch.no_grad():
+        expected = logits(wrapped(**inputs))
+        base = logits(make().eval()(**inputs))
+    assert not torch.allclose(expected, base, atol=1e-3), "the adapter does nothing: the test could not fail"
+
+    model = make().eval()
+    adapter = fa.load(theirs, model=model)
+    with torch.no_grad():
+        got = logits(fa.functional_call(model, adapter, (), inputs))
+    if isinstance(getattr(model, "attn", None), nn.MultiheadAttention):
+        expected_here = attention_truth(model, adapter, inputs["x"])  # PEFT defect B1
+    else:
+        expected_here = expected
+    torch.testing.assert_close(got, expected_here, atol=1e-5, rtol=1e-4)
+
+    fa.save(adapter, tmp_path / "ours")
+    same_tensors(raw(theirs), raw(tmp_path / "ours"))
+    assert config_file(theirs) == config_file(tmp_path / "ours")
+    same_adapters(adapter, fa.load(tmp_path / "ours"))
+
+    again = peft_load(make(), tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(logits(again(**inputs)), expected)
+    return adapter
+
+
+LORA_KINDS = [
+    "linear", "linear_no_bias", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv2d_grouped", "conv3d",
+    "mha", "parameter", "experts", "transposed",
+]  # fmt: skip
+LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{f"lora-{kind}": ("lora", kind, {"r": 4, "lora_alpha": 6}) for kind in LORA_KINDS},
+    **{
+        f"lora_bias-{kind}": ("lora", kind, {"r": 4, "lora_bias": True, "use_rslora": True, "bias": "all"})
+        for kind in LORA_KINDS
+        if kind not in ("embedding", "mha", "parameter", "experts", "transposed")
+    },
+    **{
+        f"dora-{kind}": ("dora", kind, {"r": 4, "lora_alpha": 6})
+        for kind in LORA_KINDS
+        if kind not in ("conv2d_grouped", "mha", "parameter", "experts", "transposed")
+    },
+    **{
+        f"ia3{'-ff' * ff}-{kind}": ("ia3", kind, {"feedforward_modules": ["layer"] * ff})
+        for kind in ("linear", "linear_no_bias", "hf_conv1d", "conv2d", "conv2d_grouped", "conv3d")
+        for ff in (False, True)
+    },
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_every_layer_kind_both_ways(case: str, tmp_path: Path) -> None:
+    method, kind, fields = LAYERS[case]
+    _, x, target = layer_model(kind)
+    both_ways(lambda: layer_model(kind)[0], {"x": x}, tmp_path, method, {**fields, **target})
+
+
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "defaults": ("llama", "lora", {"task_type": "CAUSAL_LM"}),
+    "ia3 defaults": ("gpt2", "ia3", {}),
+    "ia3 suffix ff": ("bert", "ia3", {}),
+    "t5 dora": ("t5", "dora", {}),
+    "all-linear": ("llama", "lora", {"target_modules": "all-linear"}),
+    "regex": ("llama", "lora", {"target_modules": r".*\.(q|v)_proj"}),
+    "rank and alpha patterns": (
+        "llama",
+        "lora",
+        {
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 4, r".*layers\.0\.mlp.*": 2},
+            "alpha_pattern": {"v_proj": 1, "layers.1.mlp.down_proj": 0.5},
+            "use_rslora": True,
+        },
+    ),
+    "bias all": ("bert", "lora", {"target_modules": ["query"], "bias": "all"}),
+    "bias lora_only": ("bert", "lora", {"target_modules": ["query"], "bias": "lora_only"}),
+    "saved modules": ("llama", "lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]}),
+    # PEFT's rule has no dot before the name: "norm" also names every input_layernorm
+    "saved by ending": ("llama", "lora", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "saved nested": ("bert", "lora", {"target_modules": ["query"], "modules_to_save": ["cls"]}),
+    "saved by task": ("bert_cls", "lora", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "saved tied": ("llama_tied", "lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "tokens": ("llama", "lora", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 7]}),
+    "tokens dict": ("llama", "lora", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3]}}),
+    "tokens tied": ("gpt2", "lora", {"target_modules": ["c_attn"], "trainable_token_indices": [3, 5, 7]}),
+    "embedding": ("llama", "lora", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "embedding tied": ("llama_tied", "dora", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "experts": (
+        "mixtral",
+        "lora",
+        # not in the order in which the module registered them, which is PEFT's nesting order
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]},
+    ),
+    "experts patterns": (
+        "mixtral",
+        "lora",
+        {
+            "target_parameters": ["mlp.gate.weight", "down_proj", "gate_up_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+            "alpha_pattern": {"experts.gate_up_proj": 3},
+        },
+    ),
+    "layers": ("llama", "lora", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "everything": (
+        "llama",
+        "dora",
+        {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [3], "modules_to_save": ["model.norm"]},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # PEFT's advice about embeddings and ties
+@pytest.mark.parametrize("case", MODELS)
+def test_models_both_ways(case: str, tmp_path: Path) -> None:
+    name, method, fields = MODELS[case]
+    both_ways(partial(tiny, name), tokens(name), tmp_path, method, fields)
+
+
+def test_batch_norm_buffers_both_ways(tmp_path: Path) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.lin(x))
+
+    wrapped = wrap(Normed(), configs("lora", target_modules=["lin"], modules_to_save=["norm"])[0])
+    x = torch.randn(8, 4)
+    wrapped.train()(x)  # moves the running statistics of the copy
+    wrapped.eval()
+    model = Normed().eval()
+    adapter = fa.load(peft_save(wrapped, tmp_path / "theirs"), model=model)
+    assert set(adapter.buffers["norm"]) == {"running_mean", "running_var", "num_batches_tracked"}
+    torch.testing.assert_close(fa.functional_call(model, adapter, (x,)), wrapped(x))
+    fa.save(adapter, tmp_path / "ours")
+    same_tensors(raw(tmp_path / "theirs"), raw(tmp_path / "ours"))
+    same_adapters(adapter, fa.load(tmp_path / "ours"))
+
+
+def test_other_buffers_both_ways(tmp_path: Path) -> None:
+    """A saved module with a float buffer of its own: nothing in PEFT's key says that it is no parameter."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin = nn.Linear(4, 4)
+            self.register_buffer("table", torch.ones(4))
+            self.register_buffer("scratch", torch.ones(4), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(x) * self.table * self.scratch
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin, self.gate = nn.Linear(4, 4), Gate()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gate(self.lin(x))
+
+    wrapped = wrap(Gated(), configs("lora", target_modules=["gated", "lin"], modules_to_save=["gate"])[0])
+    wrapped.base_model.model.gate.modules_to_save["default"].table.mul_(3)
+    peft_save(wrapped, tmp_path / "theirs")
+    x, model = torch.randn(2, 4), Gated().eval()
+    for adapter in (fa.load(tmp_path / "theirs"), fa.load(tmp_path / "theirs", model=model)):
+        torch.testing.assert_close(fa.functional_call(model, adapter, (x,)), wrapped(x))
+        fa.save(adapter, tmp_path / "ours")
+        same_tensors(raw(tmp_path / "theirs"), raw(tmp_path / "ours"))
+    assert set(adapter.buffers["gate"]) == {"table"}
+    same_adapters(adapter, fa.load(tmp_path / "ours"))
+
+
+def test_keys_without_the_prefix(tmp_path: Path) -> None:
+    """`inject_adapter_in_model` and get_peft_model_state_dict write no prefix."""
+    adapter = fa.init(tiny("llama"), fa.LoraConfig(target_modules=["q_proj"]))
+    fa.save(adapter, tmp_path)
+    save_file({key.removeprefix(PREFIX): value for key, value in raw(tmp_path).items()}, tmp_path / WEIGHTS)
+    same_adapters(fa.load(tmp_path), adapter)
+
+
+def test_both_spellings_of_one_key_are_refused(tmp_path: Path) -> None:
+    """With and without the prefix, one of the two tensors would silently win."""
+    fa.save(fa.init(Net(nn.Linear(3, 2)), fa.LoraConfig(target_modules=["layer"])), tmp_path)
+    tensors = raw(tmp_path)
+    key = next(iter(tensors))
+    save_file({**tensors, key.removeprefix(PREFIX): tensors[key] + 1}, tmp_path / WEIGHTS)
+    with pytest.raises(fa.AdapterFileError, match="twice"):
+        fa.load(tmp_path)
+
+
+# -- load(save(a)) == a ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*LAYERS, "dora-mha", "dora-parameter", "dora-experts", "ia3-mha", "ia3-embedding"])
+def test_round_trip_of_what_init_makes(case: str, tmp_path: Path) -> None:
+    """Also of what PEFT cannot make: DoRA on experts, IA3 on embeddings."""
+    method, kind = (LAYERS[case][0], LAYERS[case][1]) if case in LAYERS else tuple(case.split("-"))
+    fields = dict(LAYERS[case][2]) if case in LAYERS else {}
+    model, x, target = layer_model(kind)
+    fields.setdefault("feedforward_modules", []) if method == "ia3" else fields.setdefault("r", 4)
+    adapter = fa.init(model, configs(method, **fields, **target)[1], seed=3)
+    adapter = adapter.replace(params=torch.utils._pytree.tree_map(lambda t: t + 0.1, adapter.params))
+    fa.save(adapter, tmp_path)
+    same_adapters(fa.load(tmp_path, model=model), adapter)
+    same_adapters(fa.load(tmp_path), adapter)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4])
+@pytest.mark.parametrize("r", [1, 2, 4])
+def test_experts_of_any_count_and_rank(experts: int, r: int, tmp_path: Path) -> None:
+    """Also where rank and number of experts are equal, so that the axes could be mistaken for each other."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.w = nn.Parameter(torch.randn(experts, 4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bi,eoi->bo", x, self.w)
+
+    fields = {"r": r, "lora_alpha": 3, "target_modules": [], "target_parameters": ["layer.w"]}
+    both_ways(lambda: Net(Stack()), {"x": torch.randn(3, 4)}, tmp_path, "lora", fields)
+
+
+@pytest.mark.parametrize("scaling", [0.3, 1.0 / 3.0, 7.25])
+def test_a_swept_scaling_becomes_alpha(scaling: float, tmp_path: Path) -> None:
+    model = tiny("llama")
+    adapter = fa.init(model, fa.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    first = next(iter(adapter.buffers))
+    swept = adapter.replace(
+        buffers={**adapter.buffers, first: {"scaling": torch.tensor(scaling)}},
+    )
+    fa.save(swept, tmp_path)
+    back = fa.load(tmp_path, model=model)
+    assert {p: float(b["scaling"]) for p, b in back.buffers.items()} == {
+        p: float(b["scaling"]) for p, b in swept.buffers.items()
+    }
+    ids = tokens("llama")
+    with torch.no_grad():
+        ours = fa.functional_call(model, swept, (), ids).logits
+        theirs = peft_load(tiny("llama"), tmp_path)(**ids).logits
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, fa.functional_call(model, adapter, (), ids).logits, atol=1e-4)
+
+
+def test_mixed_ranks_are_described(tmp_path: Path) -> None:
+    """An adapter whose leaves have other ranks than its config, as truncation makes it."""
+    model = tiny("llama")
+    config = fa.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapter = fa.init(model, config)
+    params = {
+        path: {"lora_A": p["lora_A"][:2], "lora_B": p["lora_B"][:, :2].contiguous()} if "layers.0.self_attn.q" in path else p
+        for path, p in adapter.params.items()
+    }
+    mixed = adapter.replace(params=params)
+    fa.save(mixed, tmp_path)
+    back = fa.load(tmp_path, model=model)
+    for path in params:
+        same_tensors(dict(params[path]), dict(back.params[path]))
+        assert float(back.buffers[path]["scaling"]) == 1.0
+    ids = tokens("llama")
+    torch.testing.assert_close(
+        peft_load(tiny("llama"), tmp_path)(**ids).logits, fa.functional_call(model, mixed, (), ids).logits
+    )
+
+
+def test_the_order_of_patterns_survives(tmp_path: Path) -> None:
+    """The first match wins, so PEFT's sorted JSON changes what a config means; PEFT then cannot load its own file."""
+    fields = {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4, r".*layers\.0\..*": 2}}
+    theirs, ours = configs("lora", **fields)
+    peft_save(wrap(tiny("llama"), theirs), tmp_path / "theirs")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft_load(tiny("llama"), tmp_path / "theirs")
+    with pytest.raises(fa.AdapterFileError, match=r"layers\.0\.self_attn\.q_proj.*rank"):
+        fa.load(tmp_path / "theirs")
+
+    adapter = fa.init(tiny("llama"), ours)
+    fa.save(adapter, tmp_path / "ours")
+    same_adapters(fa.load(tmp_path / "ours"), adapter)
+    peft_load(tiny("llama"), tmp_path / "ours")  # and PEFT reads ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes_survive(dtype: torch.dtype, tmp_path: Path) -> None:
+    adapter = fa.init(tiny("llama"), fa.LoraConfig(r=3, target_modules=["q_proj"], lora_alpha=5), dtype=dtype)
+    fa.save(adapter, tmp_path)
+    same_adapters(fa.load(tmp_path), adapter)
+    assert next(fa.load(tmp_path, dtype=torch.float32).tensors()).dtype == torch.float32
+
+
+def test_non_contiguous_and_shared_leaves(tmp_path: Path) -> None:
+    adapter = fa.init(Net(nn.Linear(4, 4)), fa.LoraConfig(r=4, target_modules=["layer"]))
+    square = torch.randn(4, 4)
+    adapter = adapter.replace(params={"inner.layer": {"lora_A": square.t(), "lora_B": square}})
+    fa.save(adapter, tmp_path)
+    same_adapters(fa.load(tmp_path), adapter)
+
+
+# -- strictness --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    fa.save(fa.init(tiny("llama"), fa.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])), tmp_path)
+    return tmp_path
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    tensors = raw(folder)
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{Q0}.lora_B.weight"), r"layers\.0\.self_attn\.q_proj' lacks 'lora_B'"),
+        (lambda t: t.update({f"{Q0}.lora_C.weight": torch.ones(2)}), r"Unexpected key .*lora_C.*Did you mean"),
+        (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(16)}), r"Unexpected key .*lora_magnitude_vector"),
+        (lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(16)}), r"q_proj' has 'lora_B_bias', which the config"),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(3, 16)}), r"q_proj' has lora_A of shape \(3, 16\)"),
+        (lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(16, 3)}), r"q_proj' has .* lora_B of shape \(16, 3\)"),
+        (lambda t: t.update({f"{PREFIX}lm_head.bias": torch.ones(3)}), r"Unexpected key .*lm_head.bias"),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 16, dtype=torch.int64)}), r"q_proj'.*int64"),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 16, dtype=torch.complex64)}), r"q_proj'.*complex64"),
+    ],
+)
+def test_bad_keys_name_the_site(saved: Path, change: Any, message: str) -> None:
+    rewrite(saved, change)
+    with pytest.raises(fa.AdapterFileError, match=message):
+        fa.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: [t.pop(f"{Q0}.lora_{ab}.weight") for ab in "AB"],
+            r"lacks the site 'model\.layers\.0\.self_attn\.q_proj'",
+        ),
+        (
+            lambda t: t.update({f"{Q0[:-6]}o_proj.lora_{ab}.weight": torch.ones(4, 4) for ab in "AB"}),
+            r"has the site 'model\.layers\.0\.self_attn\.o_proj', which the config does not select",
+        ),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 17)}), r"q_proj': lora_A has shape \(4, 17\)"),
+        (lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(15, 4)}), r"q_proj': lora_B has shape \(15, 4\)"),
+    ],
+)
+def test_loading_with_a_model_checks_the_sites(saved: Path, change: Any, message: str) -> None:
+    rewrite(saved, change)
+    fa.load(saved)  # consistent in itself
+    with pytest.raises(fa.AdapterFileError, match=message):
+        fa.load(saved, model=tiny("llama"))
+
+
+def test_a_checkpoint_of_another_model(saved: Path) -> None:
+    with pytest.raises(fa.AdapterFileError, match="q_proj"):
+        fa.load(saved, model=tiny("bert"))
+
+
+def test_ambiguous_experts_ask_for_the_model(tmp_path: Path) -> None:
+    _, _, target = layer_model("experts")
+    wrapped = wrap(layer_model("experts")[0], configs("lora", r=2, **target)[0])
+    peft_save(wrapped, tmp_path)
+    with pytest.raises(fa.AdapterFileError, match=r"Pass the model: fa\.load\(directory, model=model\)"):
+        fa.load(tmp_path)
+    assert set(fa.load(tmp_path, model=layer_model("experts")[0]).params) == {"inner.layer.up", "inner.layer.down"}
+
+
+def test_missing_files_and_pickles(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(fa.AdapterFileError, match="Can't find 'adapter_config.json'"):
+        fa.load(tmp_path / "nowhere")
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(fa.AdapterFileError, match="Can't find 'adapter_model.safetensors'"):
+        fa.load(saved)
+    (saved / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
+    with pytest.raises(fa.AdapterFileError, match="a pickle, which funcadapt does not open"):
+        fa.load(saved)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(fa.AdapterFileError, match="directory, not a file"):
+        fa.save(fa.init(tiny("llama"), fa.LoraConfig()), file)
+    with pytest.raises(fa.AdapterFileError):
+        fa.load(file)
+
+
+def test_unknown_fields(saved: Path) -> None:
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**values, "lora_alpa": 3}))
+    with pytest.raises(fa.AdapterFileError, match="no field 'lora_alpa'. Did you mean 'lora_alpha'"):
+        fa.load(saved)
+    (saved / CONFIG).write_text(json.dumps({**values, "use_something_new": False}))
+    with pytest.warns(UserWarning, match="no field 'use_something_new'"):
+        fa.load(saved)
+    (saved / CONFIG).write_text(json.dumps({**values, "alora_invocation_tokens": [1, 2]}))
+    with pytest.raises(NotImplementedError, match="alora_invocation_tokens"):
+        fa.load(saved)
+
+
+def test_config_file_has_peft_s_fields(tmp_path: Path) -> None:
+    """For equal configs, adapter_config.json is PEFT's but for BOOKKEEPING."""
+    theirs, ours = configs("lora", r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 1})
+    peft_save(wrap(tiny("llama"), theirs), tmp_path / "theirs")
+    fa.save(fa.init(tiny("llama"), ours), tmp_path / "ours")
+    assert config_file(tmp_path / "theirs") == config_file(tmp_path / "ours")
+    values = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    full = json.loads((tmp_path / "theirs" / CONFIG).read_text())
+    assert set(values) == set(full)
+    assert values["inference_mode"] is True
+    assert values["peft_version"] == full["peft_version"]
+
+
+# -- atomic writes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace", "fdopen", "chmod"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_failed_save_leaves_the_old_checkpoint(
+    saved: Path, broken: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    real, calls = getattr(os, broken), []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == after + 1:
+            raise OSError("No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, broken, fail)
+    other = fa.init(tiny("llama"), fa.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(OSError, match="No space left"):
+        fa.save(other, saved)
+    monkeypatch.undo()
+    assert len(calls) > after
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    fa.load(saved)
+
+
+def test_files_are_readable_by_others(saved: Path) -> None:
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in saved.iterdir())
