@@ -10,7 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree
+from torch.utils import checkpoint as _checkpoint
+
+# Activation checkpointing is public, but untyped.
+checkpoint: Any = _checkpoint.checkpoint  # pyright: ignore
+
+# torch.load, and with it torch.export.load, opens no class that was not named to it. Public, but untyped.
+add_safe_globals: Callable[[list[Any]], None] = torch.serialization.add_safe_globals  # pyright: ignore
+
+# torch.linalg is a C extension without types.
+linalg: Any = torch.linalg
+fork_rng: Any = torch.random.fork_rng  # pyright: ignore
 
 # torch has no public way to register a node with key paths and a serialisable context.
 register_pytree_node: Callable[..., None] = _pytree.register_pytree_node
@@ -24,6 +36,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
+def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """`model.named_modules()`, which torch leaves untyped."""
+    return list(model.named_modules(remove_duplicate=remove_duplicate))  # pyright: ignore
+
+
 def in_functorch() -> bool:
     """Whether a `torch.func` transform is active (there is no public query)."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
@@ -33,11 +50,14 @@ def in_reentrant_checkpoint() -> bool:
     """Whether the caller runs inside the forward pass of a reentrant `torch.utils.checkpoint`.
 
     There is nothing to query, so the stack is walked: only call this when something already looks wrong.
+
+    Returns:
+        Whether a frame of that forward pass is on the stack.
     """
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and code.co_filename == torch.utils.checkpoint.__file__:
+        if code.co_name == "forward" and code.co_filename == _checkpoint.__file__:
             return True
         frame = frame.f_back
     return False

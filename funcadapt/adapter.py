@@ -145,6 +145,14 @@ def _unflatten(children: Any, config: AdapterConfig) -> Adapter:
     return Adapter(params, buffers, config)
 
 
+def _flatten_with_entries(adapter: Adapter) -> tuple[list[Any], AdapterConfig, tuple[str, str]]:
+    return *_flatten(adapter), ("params", "buffers")
+
+
+def _unflatten_optree(config: AdapterConfig, children: Any) -> Adapter:
+    return _unflatten(children, config)
+
+
 def _dump_config(config: AdapterConfig) -> str:
     return json.dumps(config.to_dict(), sort_keys=True)
 
@@ -153,7 +161,7 @@ def _load_config(text: str) -> AdapterConfig:
     return config_from_dict(json.loads(text))
 
 
-torch.serialization.add_safe_globals([Adapter])  # `torch.export.load` reads an exported program's example inputs
+_torch.add_safe_globals([Adapter])  # `torch.export.load` reads an exported program's example inputs
 _torch.register_pytree_node(
     Adapter,
     _flatten,
@@ -163,10 +171,11 @@ _torch.register_pytree_node(
     from_dumpable_context=_load_config,
     flatten_with_keys_fn=_flatten_with_keys,
 )
-optree.register_pytree_node(
+_optree: Any = optree  # its types want a Collection
+_optree.register_pytree_node(
     Adapter,
-    lambda adapter: (*_flatten(adapter), ("params", "buffers")),
-    lambda config, children: _unflatten(children, config),
+    _flatten_with_entries,
+    _unflatten_optree,
     path_entry_type=optree.GetAttrEntry,
-    namespace=optree.registry.__GLOBAL_NAMESPACE,
+    namespace=_optree.registry.__GLOBAL_NAMESPACE,
 )

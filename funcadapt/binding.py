@@ -75,8 +75,8 @@ def state_of(model: nn.Module) -> ModelState:
             modules = list(model.modules())
             known = (found for m in modules if (found := _states.get(m)) is not None)
             state = next(known, None) or ModelState()
-            for module in modules:
-                _states.setdefault(module, state)
+            for module in modules:  # parts that were models of their own share the lock from now on
+                _states[module] = state
     return state
 
 

@@ -14,13 +14,15 @@ import functools
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funcadapt import _torch
+from funcadapt._torch import checkpoint
 from funcadapt.adapter import Adapter
 from funcadapt.binding import Bound, ModelState, bind, check_shapes, state_of
 from funcadapt.compose import Forward, Hooked, Level, Weight, check_dense, dense, interpolate, nest
@@ -97,7 +99,7 @@ def functional_call(
         >>> sorted(g["0"])
         ['lora_A', 'lora_B']
     """
-    args = args if isinstance(args, tuple) else (args,)
+    positional: tuple[Any, ...] = args if isinstance(args, tuple) else (args,)  # pyright: ignore
     kwargs = {} if kwargs is None else kwargs
     compiling = _torch.is_compiling()
     _refuse_compiled(model)
@@ -106,7 +108,7 @@ def functional_call(
         installed = Installation(model, entries, parameters, None)
         try:
             installed.enter()
-            return model(*args, **kwargs)
+            return model(*positional, **kwargs)
         finally:
             installed.exit()
     state = state_of(model)
@@ -114,7 +116,7 @@ def functional_call(
         installed = Installation(model, entries, parameters, state)
         try:
             installed.enter()
-            result = model(*args, **kwargs)
+            result = model(*positional, **kwargs)
         except Exception as error:
             installed.exit()
             _explain(error, installed.bound)
@@ -133,7 +135,7 @@ def applied(
     weights: Weights | None = None,
     parameters: Mapping[str, Tensor] | None = None,
     strict: bool = False,
-) -> Iterator[nn.Module]:
+) -> Generator[nn.Module, None, None]:
     """Adapters applied for the duration of a `with` block, for code that calls the model itself.
 
     Holds the model's lock for the whole block. Blocks nest: the inner one's adapters go around the outer one's.
@@ -402,16 +404,18 @@ class Installation:
             if not (m.gradient_checkpointing and m.training and torch.is_grad_enabled()):
                 continue
             function: Any = getattr(m, "_gradient_checkpointing_func", None)
-            if not isinstance(function, functools.partial) or function.func is not torch.utils.checkpoint.checkpoint:
+            if not isinstance(function, functools.partial) or function.func is not checkpoint:
                 continue
             if _torch.in_functorch():
                 raise RuntimeError(
                     "torch.func cannot run through activation checkpoints (neither mode). Call "
-                    "model.gradient_checkpointing_disable(), or use ordinary autograd: loss.backward()."
+                    "model.activation_checkpointing_disable() (gradient_checkpointing_disable() in older transformers), or use "
+                    "ordinary autograd: loss.backward()."
                 )
             if function.keywords.get("use_reentrant", True):
                 raise RuntimeError(_REENTRANT)
-            wrapped = functools.partial(function, **{"context_fn": checkpoint_context, **function.keywords})
+            options: dict[str, Any] = {"context_fn": checkpoint_context, **function.keywords}
+            wrapped: Any = functools.partial(function, **options)  # pyright: ignore
             slot = m.__dict__
             self.swaps[id(slot), "_gradient_checkpointing_func"] = (slot, "_gradient_checkpointing_func", wrapped)
 
@@ -477,7 +481,8 @@ class Installation:
 
 _REENTRANT = (
     "A reentrant activation checkpoint loses the adapters' gradients without a word: it recomputes after the call "
-    'is over. Use model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}), or '
+    "is over. Use model.activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False}) "
+    "(gradient_checkpointing_enable in older transformers), or "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=fa.checkpoint_context)."
 )
 
@@ -506,9 +511,8 @@ def _explain(error: Exception, bound: Bound) -> None:
 
 
 def _active_states() -> list[ModelState]:
-    if not hasattr(_thread, "states"):
-        _thread.states = []
-    return _thread.states
+    states: list[ModelState] = _thread.__dict__.setdefault("states", [])
+    return states
 
 
 def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
@@ -540,11 +544,11 @@ def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], conte
     if not states:
         return contextlib.nullcontext(), contextlib.nullcontext()
     state = states[-1]
-    return contextlib.nullcontext(), _as_it_was(state, tuple(state.active))
+    return contextlib.nullcontext(), as_it_was(state, tuple(state.active))
 
 
 @contextlib.contextmanager
-def _as_it_was(state: ModelState, then: tuple[Installation, ...]) -> Iterator[None]:
+def as_it_was(state: ModelState, then: tuple[Installation, ...]) -> Generator[None, None, None]:
     """The installations that were active when a checkpoint ran forward, and no others."""
     if tuple(state.active) == then:
         yield
@@ -571,7 +575,7 @@ def _as_it_was(state: ModelState, then: tuple[Installation, ...]) -> Iterator[No
         state.lock.release()
 
 
-def math_attention() -> contextlib.AbstractContextManager[None]:
+def math_attention() -> contextlib.AbstractContextManager[Any]:
     """The switch for forward-mode and second-order derivatives: attention in its math kernel.
 
     The fused kernels of scaled dot-product attention have no forward-mode and no second derivative.
@@ -585,4 +589,4 @@ def math_attention() -> contextlib.AbstractContextManager[None]:
         >>> with fa.math_attention():
         ...     pass  # torch.func.jvp, hessian, grad of grad ...
     """
-    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    return cast("contextlib.AbstractContextManager[Any]", sdpa_kernel(SDPBackend.MATH))

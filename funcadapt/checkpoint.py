@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from funcadapt.adapter import Adapter
 from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.config import AdapterConfig, config_from_dict
-from funcadapt.errors import AdapterFileError, SiteError, TargetError
+from funcadapt.errors import AdapterError, AdapterFileError, SiteError, TargetError
 from funcadapt.init import token_table
 from funcadapt.keys import buffer_keys, decode, encode
 from funcadapt.method import method_of
-from funcadapt.sites import names_match, sites
+from funcadapt.sites import names_match, sites, whole_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FORMAT_OF = "0.21.2"  # the PEFT release whose format this is
@@ -69,7 +69,7 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     unusual = [key for key in buffer_keys(adapter) if key in tensors]
     if unusual:
         metadata["buffers"] = json.dumps(unusual)  # PEFT's keys do not say what is a buffer
-    if len(order) > 1:
+    if order:
         metadata["target_parameters"] = json.dumps(order)  # PEFT's keys only say how deep they nest
     content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     values = {**config.to_dict(), "inference_mode": True, "peft_version": _FORMAT_OF}
@@ -150,9 +150,8 @@ def load(
     tensors, metadata = _read_tensors(folder)
     method = method_of(config)
     try:
-        order = json.loads(metadata["target_parameters"]) if "target_parameters" in metadata else []
-        known = json.loads(metadata["buffers"]) if "buffers" in metadata else []
-        params, buffers = decode(tensors, config, method, order, model, known)
+        order, known = _names(metadata, "target_parameters"), _names(metadata, "buffers")
+        params, buffers = decode(tensors, config, method, order, model, known or ())
         plain = method.buffers(config)
         for path, leaves in params.items():
             own = {name: leaf for name, leaf in leaves.items() if name in method.keys}
@@ -165,11 +164,11 @@ def load(
                     made = {k: v.clone() if v.dtype == like else v.to(like) for k, v in derived.items()}
                     buffers.setdefault(path, {}).update(made)
         _token_indices(config, params, buffers)
+    except AdapterFileError:
+        raise
     except SiteError as error:
         raise AdapterFileError(f"{folder / WEIGHTS}: {error}") from error
     except (ValueError, RecursionError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
-        if isinstance(error, AdapterFileError):
-            raise
         raise AdapterFileError(f"{folder / WEIGHTS} does not make an adapter: {error}") from error
     adapter = Adapter(params, buffers, config)
     if model is not None:
@@ -214,9 +213,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         hint = " adapter_model.bin is a pickle, which funcadapt does not open: convert it with PEFT." if pickled else ""
         raise AdapterFileError(f"Can't find {WEIGHTS!r} at {str(folder)!r}.{hint}")
     try:
-        with safe_open(path, framework="pt") as file:  # checks the header and every offset
-            opened: Any = file
-            metadata: dict[str, str] = dict(opened.metadata() or {})
+        with safe_open(path, framework="pt") as file:  # pyright: ignore (it checks the header and every offset)
+            metadata: dict[str, str] = dict(file.metadata() or {})  # pyright: ignore
         content = bytearray(path.read_bytes())
         size = int.from_bytes(content[:8], "little")
         header: dict[str, Any] = json.loads(content[8 : 8 + size])
@@ -261,6 +259,16 @@ def _view(content: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
     return torch.frombuffer(content, dtype=dtype, count=count, offset=start + entry["data_offsets"][0]).view(shape)
 
 
+def _names(metadata: Mapping[str, str], key: str) -> list[str] | None:
+    """A list of names that funcadapt wrote into the header, or None if it is not there."""
+    if key not in metadata:
+        return None
+    names: Any = json.loads(metadata[key])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):  # pyright: ignore[reportUnknownVariableType]
+        raise AdapterFileError(f"The header's {key!r} must be a list of names, got {metadata[key]!r}.")
+    return names  # pyright: ignore[reportUnknownVariableType]
+
+
 def _token_indices(
     config: Any, params: Mapping[str, Mapping[str, Tensor]], buffers: dict[str, dict[str, Tensor]]
 ) -> None:
@@ -269,8 +277,8 @@ def _token_indices(
     if bool(paths) != bool(wanted):
         raise SiteError("trainable_token_indices of the config and trainable_tokens_delta in the file go together.")
     for path in paths:
-        rows = wanted
-        if isinstance(wanted, Mapping):
+        rows: Any = wanted
+        if isinstance(wanted, Mapping):  # pyright: ignore
             rows = next((v for k, v in wanted.items() if names_match((k,), path)), None)  # pyright: ignore
         if rows is None or len(rows) != params[path][TOKENS].shape[0]:  # pyright: ignore
             raise SiteError(
@@ -295,7 +303,10 @@ def _check_against(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     for path, leaves in adapter.params.items():
         if path not in expected and any(name in method.keys for name in leaves):
             raise AdapterFileError(f"{folder / WEIGHTS} has the site {path!r}, which the config does not select.")
+    for path, name in whole_names(model, adapter.config, expected):
+        if name not in adapter.leaves(path):
+            raise AdapterFileError(f"{folder / WEIGHTS} lacks {name!r} of {path!r}, which its config says it has.")
     try:
         check_shapes(bind(model, [("", adapter, None)], state_of(model)))
-    except SiteError as error:
+    except AdapterError as error:
         raise AdapterFileError(f"{folder / WEIGHTS}: {error}") from error

@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
-import torch
 from torch import Tensor
 
+from funcadapt._torch import add_safe_globals
 from funcadapt.errors import AdapterFileError, did_you_mean
 from funcadapt.targets import default_targets
 
@@ -107,7 +107,7 @@ class AdapterConfig:
         if name := cls.__dict__.get("peft_type"):
             _configs[name] = cls
             # a value like any other: exported programs hold it in their example inputs
-            torch.serialization.add_safe_globals([cls, FrozenDict])
+            add_safe_globals([cls, FrozenDict])
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -125,9 +125,9 @@ class AdapterConfig:
         _check_patterns(self)
 
     def at(self, path: str) -> Self:
-        """This config with the per-site patterns resolved for one site.
+        r"""This config with the per-site patterns resolved for one site.
 
-        PEFT's rule: the first pattern that matches `(.*\\.)?(pattern)$` against the site path wins.
+        PEFT's rule: the first pattern that matches `(.*\.)?(pattern)$` against the site path wins.
 
         Args:
             path: the path of a site.
@@ -161,7 +161,7 @@ class AdapterConfig:
         if getattr(self, "target_parameters", None):
             # PEFT adds the model type's default modules, except where it knows the type as a mixture of experts.
             # Here parameters alone mean parameters alone; the empty list makes PEFT read the file so, too.
-            return dataclasses.replace(self, **{"target_modules": ()})
+            return dataclasses.replace(self, target_modules=())
         return dataclasses.replace(self, target_modules=default_targets(self, model_type))
 
     def label(self) -> str:
@@ -208,7 +208,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)  # pyright: ignore[reportUnknownVariableType]
     if hint in (int, float):
         number = numbers.Integral if hint is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
+        return isinstance(value, number) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
     return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 

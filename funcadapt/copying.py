@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from funcadapt.binding import state_of
+from funcadapt.call import as_it_was
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -32,7 +33,8 @@ def structural_copy(model: _M) -> _M:
         >>> twin is model, twin.weight is model.weight
         (False, True)
     """
-    with state_of(model).lock:
+    state = state_of(model)
+    with state.lock, as_it_was(state, ()):  # inside a block that this thread holds, the bare model is copied
         memo: dict[int, Any] = {}
         for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):

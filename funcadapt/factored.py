@@ -8,6 +8,7 @@ run around that product, on that expert's leaves. Any other use gets the dense f
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -232,10 +233,17 @@ def _grouped(x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_dty
     start = 0
     for expert, end in enumerate(offs.tolist()):
         if end > start:
-            one = weight[expert]
-            pieces.append(one.product(x[start:end], lambda _, y=y[start:end]: y))
+            pieces.append(weight[expert].product(x[start:end], functools.partial(_given, y[start:end])))
         start = end
     return torch.cat([*pieces, y[start:]])
+
+
+def _given(y: Tensor, _: Tensor) -> Tensor:
+    return y
+
+
+def _rmatmul(weight: Any, x: Any) -> Any:
+    return _matmul(x, weight)
 
 
 def _needs_before(weight: Any) -> bool:
@@ -247,7 +255,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__), _matmul
     ),
-    Tensor.__rmatmul__: lambda weight, x: _matmul(x, weight),
+    Tensor.__rmatmul__: _rmatmul,
     F.grouped_mm: _grouped,
     _torch.grouped_mm: _grouped,
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funcadapt._torch import named_modules
 from funcadapt.adapter import Adapter
 from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.config import AdapterConfig
@@ -106,8 +107,9 @@ def init_with_base(
         >>> torch.allclose(fa.functional_call(model, adapter, x, parameters=base), model(x), atol=1e-6)
         True
     """
-    config = config.for_model(model_type(model))
-    method, table = method_of(config), sites(model, config, expect=expect)
+    table = sites(model, config, expect=expect)  # of the given config: a default's names may be unused
+    config = _with_name(config.for_model(model_type(model)), model)
+    method = method_of(config)
     params: dict[str, dict[str, Tensor]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
     base: dict[str, Tensor] = {}
@@ -126,6 +128,14 @@ def init_with_base(
     if not params:
         raise TargetError("The config selects nothing to train.")
     return Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config), base
+
+
+def _with_name(config: AdapterConfig, model: Any) -> AdapterConfig:
+    """The config with the name of the base model, which PEFT's `AutoPeftModel` looks for in a checkpoint."""
+    name = getattr(model, "name_or_path", None)
+    if config.base_model_name_or_path is not None or not isinstance(name, str) or not name:
+        return config
+    return dataclasses.replace(config, base_model_name_or_path=name)
 
 
 def _draw(site: Site, seed: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Draw:
@@ -173,14 +183,14 @@ def _whole_parameters(
     params, buffers = trees
     saved: Sequence[str] = getattr(config, "modules_to_save", None) or ()
     for name in saved:
-        if not any(path and is_saved_by(name, path) for path, _ in model.named_modules()):
+        if not any(path and is_saved_by(name, path) for path, _ in named_modules(model)):
             raise TargetError(
                 f"modules_to_save names {name!r}, which matches no module."
-                + did_you_mean(name, (path.rpartition(".")[2] for path, _ in model.named_modules() if path))
+                + did_you_mean(name, (path.rpartition(".")[2] for path, _ in named_modules(model) if path))
             )
     bias = getattr(config, "bias", "none")
     adapted = {site.path for site in table}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         whole = bool(path) and is_saved(config, path)
         for name, parameter in module._parameters.items():
             if parameter is None:
@@ -214,7 +224,7 @@ def token_table(config: Any, model: nn.Module) -> dict[str, list[int]]:
     wanted: Any = getattr(config, "trainable_token_indices", None)
     if not wanted:
         return {}
-    paths = {path: m for path, m in model.named_modules() if path}
+    paths = {path: m for path, m in named_modules(model) if path}
     if not isinstance(wanted, Mapping):
         embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
         name = next((path for path, m in paths.items() if m is embedding), "embed_tokens")

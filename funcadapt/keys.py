@@ -48,7 +48,8 @@ def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[st
     paths = list(adapter.params)
     owners: dict[str, list[str]] = {}
     for path in paths:
-        if _is_parameter(adapter.config, path) and any(name in method.keys for name in adapter.params[path]):
+        own = {name: leaf for name, leaf in adapter.params[path].items() if name in method.keys}
+        if own and _is_parameter(adapter.config, path, stacked=method.pack(own) is not own):
             owners.setdefault(path.rpartition(".")[0], []).append(path)
     tensors: dict[str, Tensor] = {}
     for path in {**adapter.params, **adapter.buffers}:
@@ -84,9 +85,14 @@ def _put(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
     tensors[PREFIX + key] = tensor
 
 
-def _is_parameter(config: AdapterConfig, path: str) -> bool:
+def _is_parameter(config: AdapterConfig, path: str, *, stacked: bool) -> bool:
+    """Whether a site is one of `target_parameters`. A module and a parameter can go by one name, "down_proj"."""
     wanted: Sequence[str] = getattr(config, "target_parameters", None) or ()
-    return names_match(wanted, path)
+    if not names_match(wanted, path):
+        return False
+    targets: Any = getattr(config, "target_modules", None) or ()
+    both = names_match(targets, path) or (isinstance(targets, str) and targets.lower() == "all-linear")
+    return stacked or not both
 
 
 def _module_key(path: str, paths: Mapping[str, Any], owners: Mapping[str, list[str]]) -> str:
@@ -105,7 +111,7 @@ def decode(
     tensors: Mapping[str, Tensor],
     config: AdapterConfig,
     method: Method,
-    order: Sequence[str],
+    order: Sequence[str] | None,
     model: nn.Module | None,
     known_buffers: Sequence[str] = (),
 ) -> Trees:
@@ -115,7 +121,7 @@ def decode(
         tensors: key -> tensor, with or without PEFT's prefix.
         config: the config.
         method: its method.
-        order: plain-parameter sites in nesting order, if the file says; else [].
+        order: plain-parameter sites in nesting order, if the file says; else None.
         model: the model, if there is one to look things up in.
         known_buffers: keys of buffers, if the file says.
 
@@ -128,6 +134,7 @@ def decode(
     by_module: dict[str, dict[str, Tensor]] = {}
     params: dict[str, dict[str, Tensor]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
+    wrappers: dict[str, str] = {}
     suffixes = {f".{suffix}": leaf for leaf, suffix in method.keys.items()}
     for key, tensor in tensors.items():
         short = key.removeprefix(PREFIX)
@@ -143,12 +150,16 @@ def decode(
             _check_floating(path.removesuffix(".token_adapter"), name, tensor)
             params.setdefault(path.removesuffix(".token_adapter"), {})[TOKENS] = tensor
             continue
+        if name == "bias" and _is_copy(config, path):
+            continue
         wrapped = path.endswith(".base_layer")
         path = path.removesuffix(".base_layer").replace(".base_layer.out_proj", ".out_proj")
+        if wrapped and name != "bias":
+            wrappers[path] = key
         if not _may_be_whole(config, path, name, wrapped):
             raise AdapterFileError(
-                f"Unexpected key {key!r}: {method.name} has the leaves {', '.join(map(repr, method.keys.values()))}, and "
-                f"{path!r} is not in modules_to_save.{did_you_mean(name, method.keys.values())}"
+                f"Unexpected key {key!r}: {method.name} has the leaves {', '.join(map(repr, method.keys.values()))}, "
+                f"and {path!r} is not in modules_to_save.{did_you_mean(name, method.keys.values())}"
             )
         buffer = key in known_buffers or _is_buffer(path, name, tensor, model)
         (buffers if buffer else params).setdefault(path, {})[name] = tensor
@@ -159,7 +170,18 @@ def decode(
         leaves = method.unpack(config.at(path), leaves) if parameter else leaves
         own = method.layout({n: leaves[n] for n in method.keys if n in leaves})
         params[path] = {**own, **params.get(path, {})}
+        wrappers.pop(path, None)
+    if wrappers:
+        first = next(iter(wrappers.values()))
+        raise AdapterFileError(f"Unexpected key {first!r}: its layer has no adapter in the file.")
     return params, buffers
+
+
+def _is_copy(config: AdapterConfig, path: str) -> bool:
+    """Whether PEFT's bias="all" wrote the biases of a saved module again, under the names of its wrapper's parts."""
+    head, _, part = path.rpartition(".")
+    every = getattr(config, "bias", "none") == "all"
+    return every and part in ("modules_to_save", "original_module") and is_saved(config, head)
 
 
 def _check_floating(path: str, leaf: str, tensor: Tensor) -> None:
@@ -183,7 +205,7 @@ def _may_be_whole(config: AdapterConfig, path: str, name: str, wrapped: bool) ->
 
 
 def _site_path(
-    module: str, modules: Mapping[str, Any], config: AdapterConfig, order: Sequence[str], model: nn.Module | None
+    module: str, modules: Mapping[str, Any], config: AdapterConfig, order: Sequence[str] | None, model: nn.Module | None
 ) -> tuple[str, bool]:
     """The site that a module's key stands for, and whether it is one of `target_parameters`."""
     head, nested, tail = module.partition(".base_layer.out_proj")
@@ -199,13 +221,18 @@ def _site_path(
         owner = owner.removesuffix(".base_layer")
     depth = (len(module) - len(owner)) // len(".base_layer")
     targets: Any = getattr(config, "target_modules", None)
-    if owner == module and targets and names_match(targets, owner):
+    if order is not None:
+        group = [path for path in order if path.rpartition(".")[0] == owner]
+        if any(not names_match(wanted, path) for path in group):
+            raise AdapterFileError(f"The header has {group}, which target_parameters={list(wanted)} does not select.")
+    elif owner == module and targets and names_match(targets, owner):
         return module, False
-    group = [path for path in order if path.rpartition(".")[0] == owner] or _parameters_of(owner, wanted, model)
+    else:
+        group = _parameters_of(owner, wanted, model)
     depths = sum(1 for m in modules if m == owner or m.startswith(f"{owner}.base_layer"))
     if not group and owner == module:
         return module, False
-    if len(group) != depths or (len(group) > 1 and not order and model is None):
+    if len(group) != depths or (len(group) > 1 and order is None and model is None):
         raise AdapterFileError(
             f"{owner!r} has {depths} adapted parameters, and PEFT's keys do not say which is which. Pass the model: "
             "fa.load(directory, model=model)."

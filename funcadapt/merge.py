@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from funcadapt._torch import named_modules
 from funcadapt.binding import bind, state_of
 from funcadapt.call import Adapters, Weights, entries_of
 from funcadapt.compose import Level, dense, interpolate
@@ -57,7 +58,7 @@ def merge(
     bound = bind(model, entries_of(adapters, weights), state_of(model))
     ties = tied_names(model)
     own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in named_modules(model)}
     merged: dict[str, Tensor] = {}
 
     def now(name: str) -> Tensor:
@@ -79,6 +80,11 @@ def merge(
         site, module = bound.places[path].site, bound.places[path].module
         assert site is not None
         name, bias_name = site.weight_name, _join(site.owner, site.bias) if site.bias else ""
+        if name not in own:
+            raise SiteError(
+                f"The weight at {path!r} is computed from others and cannot be merged into. Call torch.nn.utils.parametrize."
+                "remove_parametrizations first."
+            )
         if not own[name].is_floating_point():
             raise SiteError(f"The weight at {path!r} is quantised ({own[name].dtype}) and cannot be merged into.")
         others = ties.get(name, ())

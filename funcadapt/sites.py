@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from funcadapt._torch import named_modules
 from funcadapt.config import AdapterConfig, matching_pattern
 from funcadapt.errors import SiteError, TargetError, did_you_mean
 
@@ -138,11 +139,12 @@ def sites(model: nn.Module, config: AdapterConfig, *, expect: int | None = None,
     """
     from funcadapt.method import method_of  # the registry imports the contract, which names Site
 
+    by_default = getattr(config, "target_modules", None) is None
     config = config.for_model(model_type(model))
     method = method_of(config)
     tied = tied_names(model)
     _check_saved_modules(model, config)
-    chosen = _target_modules(model, config, strict)
+    chosen = _target_modules(model, config, strict, by_default)
     found: dict[str, Site] = {}
     for path, module in chosen.items():
         for site in describe_module(path, module, method.name):
@@ -193,7 +195,7 @@ def describe(model: nn.Module, path: str) -> tuple[Site, nn.Module]:
             return describe_parameter(owner, module, name), module
     raise SiteError(
         f"The model has no layer or parameter at {path!r} that an adapter could apply to."
-        + did_you_mean(path, (n for n, _ in model.named_modules()))
+        + did_you_mean(path, (n for n, _ in named_modules(model)))
         + " Was this adapter made for another model?"
     )
 
@@ -308,6 +310,7 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter that has several names: the others."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -333,9 +336,39 @@ def is_saved(config: AdapterConfig, path: str) -> bool:
 
     PEFT's rule: the end of the module's path decides, without a dot before it, so that "norm" also is
     "layers.0.input_layernorm".
+
+    Args:
+        config: the config.
+        path: the path.
+
+    Returns:
+        Whether it is.
     """
     saved: Sequence[str] = getattr(config, "modules_to_save", None) or ()
     return any(f"{name}." in f"{path}." for name in saved)
+
+
+def whole_names(model: nn.Module, config: AdapterConfig, adapted: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The parameters and buffers that `modules_to_save` and `bias` put into an adapter in full.
+
+    Args:
+        model: the model.
+        config: the config.
+        adapted: the paths of the sites.
+
+    Yields:
+        The module's path and the name in it.
+    """
+    bias = getattr(config, "bias", "none")
+    for path, module in model.named_modules(remove_duplicate=False):
+        whole = bool(path) and is_saved(config, path)
+        trained = bias == "all" or (bias == "lora_only" and path in adapted)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (whole or (name == "bias" and trained)):
+                yield path, name
+        for name, buffer in module._buffers.items() if whole else ():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield path, name
 
 
 def _is_kept_out(config: AdapterConfig, path: str) -> bool:
@@ -344,12 +377,12 @@ def _is_kept_out(config: AdapterConfig, path: str) -> bool:
     return any(f".{name}." in f".{path}." for name in saved)
 
 
-def _target_modules(model: nn.Module, config: AdapterConfig, strict: bool) -> dict[str, nn.Module]:
+def _target_modules(model: nn.Module, config: AdapterConfig, strict: bool, by_default: bool) -> dict[str, nn.Module]:
     targets: Any = getattr(config, "target_modules", None)
     parameters = getattr(config, "target_parameters", None)
     if targets is None and parameters:
         return {}
-    modules = {path: m for path, m in model.named_modules() if path}
+    modules = {path: m for path, m in named_modules(model) if path}
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = _all_linear(model, config, modules)
     exclude: Any = getattr(config, "exclude_modules", None)
@@ -367,7 +400,8 @@ def _target_modules(model: nn.Module, config: AdapterConfig, strict: bool) -> di
     if strict:
         if exclude and not excluded:
             raise TargetError(f"exclude_modules={exclude!r} excludes nothing.{_near(exclude, modules)}")
-        for name in () if isinstance(targets, str) else targets:
+        # of PEFT's defaults for a model type, some are in none but an older transformers
+        for name in () if isinstance(targets, str) or by_default else targets:
             used = any(names_match((name,), path) for path in (*chosen, *excluded))
             if not used and not _is_kept_out(config, name):
                 raise TargetError(
@@ -462,12 +496,12 @@ def _near(names: Any, paths: Mapping[str, Any] | Sequence[str]) -> str:
 
 def _check_saved_modules(model: nn.Module, config: AdapterConfig) -> None:
     saved: Sequence[str] = getattr(config, "modules_to_save", None) or ()
-    for path, module in model.named_modules() if saved else ():
+    for path, module in named_modules(model) if saved else ():
         named = path and any(path.endswith(name) for name in saved)
         if named and isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise TargetError(
-                f"modules_to_save names {path!r}, which is a {type(module).__name__}: it is never called, so PEFT cannot "
-                "save it. Name the modules in it."
+                f"modules_to_save names {path!r}, which is a {type(module).__name__}: it is never called, so PEFT "
+                "cannot save it. Name the modules in it."
             )
 
 

@@ -52,7 +52,9 @@ class Experts(nn.Module):
         super().__init__()
         self.use, self.is_transposed = use, use == "matmul"
         # grouped_mm wants rows of 16 bytes
-        self.w = nn.Parameter(torch.randn(3, *((4, 6) if self.is_transposed else (8, 16) if use == "grouped" else (6, 4))))
+        self.w = nn.Parameter(
+            torch.randn(3, *((4, 6) if self.is_transposed else (8, 16) if use == "grouped" else (6, 4)))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[0]
@@ -172,18 +174,31 @@ def _config(cls: type[fa.AdapterConfig], **fields: Any) -> Callable[..., fa.Adap
 VARIANTS: dict[str, list[Variant]] = {
     "lora": [
         Variant("plain", _config(fa.LoraConfig, r=2), no_dense=GROUPED),
-        Variant("rslora", _config(fa.LoraConfig, r=2, use_rslora=True, init_lora_weights=False), no_dense=GROUPED, identity=False),
-        Variant("bias", _config(fa.LoraConfig, r=2, lora_bias=True), EMBEDDINGS, GROUPED | WITHOUT_BIAS,
-                frozenset({"mha_no_bias"})),
+        Variant(
+            "rslora",
+            _config(fa.LoraConfig, r=2, use_rslora=True, init_lora_weights=False),
+            no_dense=GROUPED,
+            identity=False,
+        ),
+        Variant(
+            "bias",
+            _config(fa.LoraConfig, r=2, lora_bias=True),
+            EMBEDDINGS,
+            GROUPED | WITHOUT_BIAS,
+            frozenset({"mha_no_bias"}),
+        ),
         Variant("dropout", _config(fa.LoraConfig, r=2, lora_dropout=0.5), PARAMETERS, GROUPED, training=False),
     ],
     "dora": [Variant("plain", _config(fa.LoraConfig, r=2, use_dora=True), refused=GROUPED)],
     "ia3": [
         Variant("output", _config(fa.IA3Config, feedforward_modules=[])),
-        Variant("input", lambda target_modules: fa.IA3Config(target_modules=target_modules,
-                                                             feedforward_modules=target_modules), EMBEDDINGS),
+        Variant(
+            "input",
+            lambda target_modules: fa.IA3Config(target_modules=target_modules, feedforward_modules=target_modules),
+            EMBEDDINGS,
+        ),
     ],
-}  # fmt: skip
+}
 
 
 # -- cases ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 # torch's table of forward-mode rules calls torch.jit.script when it is first needed, which torch itself deprecates.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
-    import torch._decomp.decompositions_for_jvp  # noqa: F401
+    import torch._decomp.decompositions_for_jvp
 
 
 @pytest.fixture(autouse=True)

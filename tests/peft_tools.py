@@ -103,8 +103,15 @@ def tiny(name: str, seed: int = 0) -> nn.Module:
             tf.T5Config(**common, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
         ),
         "opt": lambda: tf.OPTForCausalLM(
-            tf.OPTConfig(**common, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
-                         max_position_embeddings=32, word_embed_proj_dim=16)  # fmt: skip
+            tf.OPTConfig(
+                **common,
+                hidden_size=16,
+                ffn_dim=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=32,
+                word_embed_proj_dim=16,
+            )
         ),
     }
     model = make[name]().eval()

@@ -1,4 +1,4 @@
-"""The engine: composition, weights, overridden parameters, other code's hooks, and every way in which a call can be wrong."""
+"""The engine: composition, weights, overridden parameters, other people's hooks, and what can be wrong in a call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def lora(model: nn.Module, *targets: str, seed: int = 0, **fields: Any) -> fa.Ad
 
 
 def ia3(model: nn.Module, *targets: str, seed: int = 0) -> fa.Adapter:
-    return fa.init(model, fa.IA3Config(target_modules=list(targets), feedforward_modules=[], init_ia3_weights=False), seed=seed)
+    return fa.init(
+        model, fa.IA3Config(target_modules=list(targets), feedforward_modules=[], init_ia3_weights=False), seed=seed
+    )
 
 
 def delta(model: nn.Module, adapter: fa.Adapter, x: Tensor) -> Tensor:
@@ -271,6 +273,18 @@ def test_a_safe_merge_with_nan_leaves_the_model_unchanged(net: Net) -> None:
         before.check()  # the snapshot sees a merge
 
 
+def test_a_computed_weight_is_adapted_but_not_merged_into() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model, x = nn.ModuleDict({"lin": layer}), torch.randn(2, 4)
+    model.forward = lambda x: layer(x)  # pyright: ignore
+    a = lora(model, "lin")
+    p, s = a.params["lin"], a.buffers["lin"]["scaling"]
+    expected = F.linear(x, layer.weight + s * p["lora_B"] @ p["lora_A"], layer.bias)
+    torch.testing.assert_close(fa.functional_call(model, a, (x,)), expected)
+    with pytest.raises(fa.SiteError, match=r"'lin'.*remove_parametrizations"):
+        fa.merge(model, a)
+
+
 # -- nesting ----------------------------------------------------------------------------------------------
 
 
@@ -280,7 +294,9 @@ def test_applied_is_functional_call(net: Net, x: Tensor) -> None:
         assert inside is net
         out = net(x)
     before.check()
-    expected = fa.functional_call(net, a, (x,), weights=0.5, parameters={"up.bias": torch.zeros(6, dtype=torch.float64)})
+    expected = fa.functional_call(
+        net, a, (x,), weights=0.5, parameters={"up.bias": torch.zeros(6, dtype=torch.float64)}
+    )
     assert torch.equal(out, expected)
 
 
@@ -334,7 +350,7 @@ def test_a_model_may_call_functional_call_on_a_part(x: Tensor) -> None:
 def test_an_exception_in_a_nested_block_restores_both(net: Net, x: Tensor) -> None:
     a, before = lora(net, "up"), Snapshot(net)
     with pytest.raises(ZeroDivisionError), fa.applied(net, a), fa.applied(net, a):
-        1 / 0  # noqa: B018
+        1 / 0
     before.check()
     with pytest.raises(KeyboardInterrupt), fa.applied(net, a):  # not an Exception
         raise KeyboardInterrupt
@@ -565,7 +581,10 @@ def test_a_stack_without_vmap_is_an_error(net: Net, x: Tensor) -> None:
 def test_a_compiled_model_is_an_error(net: Net, x: Tensor) -> None:
     with pytest.raises(fa.AdapterError, match=r"torch.compile\(lambda adapter"):
         fa.functional_call(torch.compile(net, backend="eager"), lora(net, "up"), (x,))  # pyright: ignore
-    with pytest.raises(fa.AdapterError, match=r"torch.compile"), fa.applied(torch.compile(net, backend="eager"), lora(net, "up")):  # pyright: ignore
+    with (
+        pytest.raises(fa.AdapterError, match=r"torch.compile"),
+        fa.applied(torch.compile(net, backend="eager"), lora(net, "up")),
+    ):  # pyright: ignore
         pass
 
 
@@ -620,7 +639,9 @@ def test_dropout_acts_exactly_where_the_site_trains(net: Net, x: Tensor) -> None
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_dropout_is_unbiased(use_dora: bool) -> None:
     model, x = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(4, dtype=torch.float64)
-    a = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"], lora_dropout=0.25, use_dora=use_dora, init_lora_weights=False))
+    a = fa.init(
+        model, fa.LoraConfig(r=2, target_modules=["0"], lora_dropout=0.25, use_dora=use_dora, init_lora_weights=False)
+    )
     mean = fa.functional_call(model, a, (x.expand(40000, 4),)).mean(0)
     torch.testing.assert_close(mean, fa.functional_call(model.eval(), a, (x,)), rtol=0, atol=0.05)
 
@@ -662,7 +683,9 @@ def test_init_on_the_meta_device_makes_shapes() -> None:
         real = fa.init(Net(), fa.LoraConfig(r=2, target_modules=["up"], **fields))  # pyright: ignore
         assert pytree.tree_map(lambda t: t.shape, a.params) == pytree.tree_map(lambda t: t.shape, real.params)
     on_cpu = fa.init(model, fa.LoraConfig(r=2, target_modules=["up"]), device="cpu")
-    assert torch.equal(on_cpu.params["up"]["lora_A"], fa.init(Net(), fa.LoraConfig(r=2, target_modules=["up"])).params["up"]["lora_A"])
+    assert torch.equal(
+        on_cpu.params["up"]["lora_A"], fa.init(Net(), fa.LoraConfig(r=2, target_modules=["up"])).params["up"]["lora_A"]
+    )
 
 
 @pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora"])
@@ -690,7 +713,9 @@ def test_inits_that_take_from_the_base_reproduce_its_output(net: Net, x: Tensor,
     fields=st.sampled_from([{}, {"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}]),
     bias=st.booleans(),
 )
-def test_any_shape_and_rank(sizes: tuple[int, int], batch: list[int], r: int, fields: dict[str, Any], bias: bool) -> None:
+def test_any_shape_and_rank(
+    sizes: tuple[int, int], batch: list[int], r: int, fields: dict[str, Any], bias: bool
+) -> None:
     """Ranks above the layer's size, empty batches, single features: apply equals the formula."""
     model = nn.Sequential(nn.Linear(*sizes, bias=bias)).double()
     a = fa.init(model, fa.LoraConfig(r=r, target_modules=["0"], init_lora_weights=False, **fields))

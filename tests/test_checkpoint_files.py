@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft_tools import (
+    Experts,
     Net,
     attention_truth,
     config_file,
@@ -226,6 +227,21 @@ def test_keys_without_the_prefix(tmp_path: Path) -> None:
     same_adapters(fa.load(tmp_path), adapter)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_peft_s_extra_biases_of_saved_modules(tmp_path: Path) -> None:
+    """With bias="all", PEFT writes a saved module's bias three times: the trained one, its copy, and the old one."""
+    wrapped = wrap(tiny("bert_cls"), configs("lora", target_modules=["query"], bias="all", task_type="SEQ_CLS")[0])
+    extra = {f"{PREFIX}classifier.{part}.bias" for part in ("modules_to_save", "original_module")}
+    theirs = raw(peft_save(wrapped, tmp_path / "theirs"))
+    assert extra < set(theirs)
+    model = tiny("bert_cls")
+    adapter = fa.load(tmp_path / "theirs", model=model)
+    ids = tokens("bert")
+    torch.testing.assert_close(fa.functional_call(model, adapter, (), ids).logits, wrapped(**ids).logits)
+    fa.save(adapter, tmp_path / "ours")
+    same_tensors({k: v for k, v in theirs.items() if k not in extra}, raw(tmp_path / "ours"))
+
+
 def test_both_spellings_of_one_key_are_refused(tmp_path: Path) -> None:
     """With and without the prefix, one of the two tensors would silently win."""
     fa.save(fa.init(Net(nn.Linear(3, 2)), fa.LoraConfig(target_modules=["layer"])), tmp_path)
@@ -244,7 +260,7 @@ def test_round_trip_of_what_init_makes(case: str, tmp_path: Path) -> None:
     """Also of what PEFT cannot make: DoRA on experts, IA3 on embeddings."""
     method, kind = (LAYERS[case][0], LAYERS[case][1]) if case in LAYERS else tuple(case.split("-"))
     fields = dict(LAYERS[case][2]) if case in LAYERS else {}
-    model, x, target = layer_model(kind)
+    model, _, target = layer_model(kind)
     fields.setdefault("feedforward_modules", []) if method == "ia3" else fields.setdefault("r", 4)
     adapter = fa.init(model, configs(method, **fields, **target)[1], seed=3)
     adapter = adapter.replace(params=torch.utils._pytree.tree_map(lambda t: t + 0.1, adapter.params))
@@ -298,7 +314,7 @@ def test_mixed_ranks_are_described(tmp_path: Path) -> None:
     config = fa.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapter = fa.init(model, config)
     params = {
-        path: {"lora_A": p["lora_A"][:2], "lora_B": p["lora_B"][:, :2].contiguous()} if "layers.0.self_attn.q" in path else p
+        path: {"lora_A": p["lora_A"][:2], "lora_B": p["lora_B"][:, :2].contiguous()} if "0.self_attn.q" in path else p
         for path, p in adapter.params.items()
     }
     mixed = adapter.replace(params=params)
@@ -368,13 +384,13 @@ Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
     [
         (lambda t: t.pop(f"{Q0}.lora_B.weight"), r"layers\.0\.self_attn\.q_proj' lacks 'lora_B'"),
         (lambda t: t.update({f"{Q0}.lora_C.weight": torch.ones(2)}), r"Unexpected key .*lora_C.*Did you mean"),
-        (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(16)}), r"Unexpected key .*lora_magnitude_vector"),
+        (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(16)}), r"Unexpected .*lora_magnitude_vector"),
         (lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(16)}), r"q_proj' has 'lora_B_bias', which the config"),
         (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(3, 16)}), r"q_proj' has lora_A of shape \(3, 16\)"),
         (lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(16, 3)}), r"q_proj' has .* lora_B of shape \(16, 3\)"),
         (lambda t: t.update({f"{PREFIX}lm_head.bias": torch.ones(3)}), r"Unexpected key .*lm_head.bias"),
         (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 16, dtype=torch.int64)}), r"q_proj'.*int64"),
-        (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 16, dtype=torch.complex64)}), r"q_proj'.*complex64"),
+        (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 16, dtype=torch.complex64)}), r"C64|complex64"),
     ],
 )
 def test_bad_keys_name_the_site(saved: Path, change: Any, message: str) -> None:
@@ -405,6 +421,24 @@ def test_loading_with_a_model_checks_the_sites(saved: Path, change: Any, message
         fa.load(saved, model=tiny("llama"))
 
 
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"modules_to_save": ["cls"]}, "cls.predictions.transform.dense.weight"),
+        ({"bias": "all"}, "bert.embeddings.LayerNorm.bias"),
+        ({"bias": "lora_only"}, "bert.encoder.layer.0.attention.self.query.base_layer.bias"),
+    ],
+)
+def test_missing_whole_parameters(fields: dict[str, Any], key: str, tmp_path: Path) -> None:
+    """Only the model knows that they should be there."""
+    model = tiny("bert")
+    fa.save(fa.init(model, fa.LoraConfig(target_modules=["query"], **fields)), tmp_path)
+    fa.load(tmp_path, model=model)
+    rewrite(tmp_path, lambda t: t.pop(PREFIX + key))
+    with pytest.raises(fa.AdapterFileError, match=key.replace(".base_layer", "").rpartition(".")[0]):
+        fa.load(tmp_path, model=model)
+
+
 def test_a_checkpoint_of_another_model(saved: Path) -> None:
     with pytest.raises(fa.AdapterFileError, match="q_proj"):
         fa.load(saved, model=tiny("bert"))
@@ -419,11 +453,37 @@ def test_ambiguous_experts_ask_for_the_model(tmp_path: Path) -> None:
     assert set(fa.load(tmp_path, model=layer_model("experts")[0]).params) == {"inner.layer.up", "inner.layer.down"}
 
 
+def test_a_module_and_a_parameter_of_one_name(tmp_path: Path) -> None:
+    """As in models with dense and expert layers: both are called "down_proj"."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.dense = nn.ModuleDict({"down": nn.Linear(4, 4)})
+            self.moe = Experts()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.moe(self.dense["down"](x))
+
+    x = torch.randn(3, 4)
+    for targets in (["down"], "all-linear", r".*\.down"):
+        folder = tmp_path / str(targets)
+        config = fa.LoraConfig(r=2, target_modules=targets, target_parameters=["down"], init_lora_weights=False)
+        adapter = fa.init(Mixed(), config)
+        assert list(adapter.params) == ["dense.down", "moe.down"]
+        fa.save(adapter, folder)
+        same_adapters(fa.load(folder), adapter)
+        same_adapters(fa.load(folder, model=Mixed()), adapter)
+
+        torch.testing.assert_close(peft_load(Mixed(), folder)(x), fa.functional_call(Mixed(), adapter, (x,)))
+
+
 def test_missing_files_and_pickles(tmp_path: Path, saved: Path) -> None:
-    with pytest.raises(fa.AdapterFileError, match="Can't find 'adapter_config.json'"):
+    with pytest.raises(fa.AdapterFileError, match=r"Can't find 'adapter_config\.json'"):
         fa.load(tmp_path / "nowhere")
     (saved / WEIGHTS).unlink()
-    with pytest.raises(fa.AdapterFileError, match="Can't find 'adapter_model.safetensors'"):
+    with pytest.raises(fa.AdapterFileError, match=r"Can't find 'adapter_model\.safetensors'"):
         fa.load(saved)
     (saved / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
     with pytest.raises(fa.AdapterFileError, match="a pickle, which funcadapt does not open"):
@@ -439,7 +499,7 @@ def test_missing_files_and_pickles(tmp_path: Path, saved: Path) -> None:
 def test_unknown_fields(saved: Path) -> None:
     values = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**values, "lora_alpa": 3}))
-    with pytest.raises(fa.AdapterFileError, match="no field 'lora_alpa'. Did you mean 'lora_alpha'"):
+    with pytest.raises(fa.AdapterFileError, match=r"no field 'lora_alpa'\. Did you mean 'lora_alpha'"):
         fa.load(saved)
     (saved / CONFIG).write_text(json.dumps({**values, "use_something_new": False}))
     with pytest.warns(UserWarning, match="no field 'use_something_new'"):

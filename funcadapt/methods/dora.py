@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
@@ -45,7 +46,8 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     w, a, b = (t.detach().flatten(1).to(wide) for t in (weight, a, b))
     b = b * scaling.detach().to(wide)
-    square = torch.linalg.vecdot(w, w) + 2 * torch.linalg.vecdot(w @ a.t(), b) + torch.linalg.vecdot(b @ (a @ a.t()), b)
+    vecdot: Any = linalg.vecdot
+    square: Tensor = vecdot(w, w) + 2 * vecdot(w @ a.t(), b) + vecdot(b @ (a @ a.t()), b)
     return square.clamp_min(0).sqrt()
 
 

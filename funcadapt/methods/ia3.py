@@ -73,7 +73,7 @@ class IA3Config(AdapterConfig):
 
 
 # The pattern is matched once, while tracing; dynamo need not look into `re`.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType, reportUntypedFunctionDecorator]
 def _is_feedforward(names: Sequence[str] | str | None, path: str) -> bool:
     # PEFT: unlike target_modules, a list is matched by its ending without a dot
     if isinstance(names, str):

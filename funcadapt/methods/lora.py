@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcadapt._torch import fork_rng, linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
@@ -202,7 +203,7 @@ def _factors(
         if r % 2:
             raise ValueError(f"init_lora_weights='orthogonal' needs an even rank, got r={r}.")
         rows, columns = weight().shape
-        q = torch.linalg.qr(torch.randn(r, r, generator=draw.generator)).Q
+        q = linalg.qr(torch.randn(r, r, generator=draw.generator)).Q
         a = (torch.randn(columns, r // 2, generator=draw.generator) @ q[0::2]).T / 10
         b = (torch.randn(r // 2, rows, generator=draw.generator).T @ q[1::2]) / 10
         return draw.cast(a.contiguous()), draw.cast(b.contiguous())
@@ -210,14 +211,14 @@ def _factors(
     if r > min(w.shape):
         raise ValueError(f"init_lora_weights={how!r} needs r <= min(in, out) = {min(w.shape)}, got r={r}.")
     if how == "olora":
-        q, upper = torch.linalg.qr(w)
+        q, upper = linalg.qr(w)
         # PEFT draws no scaling into the factors, and takes s * B A out of the weight
         return draw.cast(upper[:r].contiguous()), draw.cast(q[:, :r].contiguous())
     if how == "pissa":
-        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        u, s, vh = linalg.svd(w, full_matrices=False)
     elif match := re.fullmatch(r"pissa_niter_(\d+)", how):
-        with torch.random.fork_rng(devices=[]):  # svd_lowrank has no generator argument
-            torch.manual_seed(0 if draw.generator is None else draw.generator.initial_seed())
+        with fork_rng(devices=[]):  # svd_lowrank has no generator argument
+            torch.manual_seed(0 if draw.generator is None else draw.generator.initial_seed())  # pyright: ignore
             u, s, v = torch.svd_lowrank(w, r, niter=int(match.group(1)))
         vh = v.T
     else:
@@ -279,6 +280,7 @@ class _SharedDown:
 
     def down(self, ps: Sequence[Leaf], x: Tensor) -> Sequence[Tensor]:
         """One (tokens, r) intermediate a site, scaled."""
+        h: Any
         a = [p["lora_A"] for p in ps]
         h = torch.mm(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), torch.cat(a).t())
         ranks = [t.shape[0] for t in a]
@@ -363,7 +365,8 @@ def unpack(config: LoraConfig, p: Leaf) -> Leaf:
     a, b, r = p["lora_A"], p["lora_B"], config.r
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] == r:
         return p
-    return {**p, "lora_A": a.unflatten(0, (-1, r)), "lora_B": b.unflatten(1, (r, -1)).permute(2, 0, 1).contiguous()}
+    per_expert: Tensor = b.unflatten(1, (r, -1)).permute(2, 0, 1).contiguous()  # pyright: ignore
+    return {**p, "lora_A": a.unflatten(0, (-1, r)), "lora_B": per_expert}
 
 
 def check(config: LoraConfig, path: str, p: Leaf) -> None:

@@ -11,7 +11,6 @@ import funcadapt as fa
 from funcadapt.method import methods
 
 
-
 def test_every_registered_method_is_under_the_laws() -> None:
     assert {m.name for m in methods()} <= set(VARIANTS), "add the new method to tests/cases.py"
 

@@ -1,4 +1,4 @@
-"""The laws of the engine: the model is unchanged, threads agree, checkpoints recompute, compile and export see one graph."""
+"""The laws of the engine: unchanged models, threads, activation checkpoints, one graph for compile and export."""
 
 from __future__ import annotations
 
