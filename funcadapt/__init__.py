@@ -8,7 +8,6 @@ from importlib.metadata import version
 from funcadapt import methods as methods
 from funcadapt.adapter import Adapter as Adapter
 from funcadapt.call import applied as applied
-from funcadapt.call import checkpoint_context as checkpoint_context
 from funcadapt.call import functional_call as functional_call
 from funcadapt.call import math_attention as math_attention
 from funcadapt.checkpoint import load as load
@@ -29,8 +28,9 @@ from funcadapt.method import method_of as method_of
 from funcadapt.method import register as register
 from funcadapt.methods.ia3 import IA3Config as IA3Config
 from funcadapt.methods.lora import LoraConfig as LoraConfig
+from funcadapt.recompute import checkpoint_context as checkpoint_context
 from funcadapt.sites import Site as Site
 from funcadapt.sites import SiteTable as SiteTable
-from funcadapt.sites import sites as sites
+from funcadapt.targeting import sites as sites
 
 __version__ = version("funcadapt")

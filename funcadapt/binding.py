@@ -58,7 +58,6 @@ class ModelState:
         self.lock = threading.RLock()
         self.active: list[Any] = []
         self.plans: dict[tuple[str, ...], Plan] = {}
-        self.groups: dict[tuple[str, ...], list[list[str]]] = {}
         self.ties: dict[str, tuple[str, ...]] | None = None
         self.checkpointers: list[nn.Module] | None = None
 
@@ -219,6 +218,7 @@ def check_shapes(bound: Bound) -> None:
 
     Raises:
         SiteError: for the first leaf whose shape does not fit.
+        AdapterError: for the first whole parameter whose shape does not fit.
     """
     from funcadapt.init import expected_shapes
 
@@ -240,6 +240,6 @@ def check_shapes(bound: Bound) -> None:
         old = module._parameters.get(name, module._buffers.get(name))
         if old is not None and old.shape != tensor.shape:
             raise AdapterError(
-                f"The adapter holds a {name!r} of shape {tuple(tensor.shape)} for a {type(module).__name__} whose own has "
-                f"shape {tuple(old.shape)}."
+                f"The adapter holds a {name!r} of shape {tuple(tensor.shape)} for a {type(module).__name__} whose own "
+                f"has shape {tuple(old.shape)}."
             )

@@ -27,7 +27,7 @@ from funcadapt.errors import AdapterError, AdapterFileError, SiteError, TargetEr
 from funcadapt.init import token_table
 from funcadapt.keys import buffer_keys, decode, encode
 from funcadapt.method import method_of
-from funcadapt.sites import names_match, sites, whole_names
+from funcadapt.targeting import names_match, sites, whole_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FORMAT_OF = "0.21.2"  # the PEFT release whose format this is
@@ -277,14 +277,13 @@ def _token_indices(
     if bool(paths) != bool(wanted):
         raise SiteError("trainable_token_indices of the config and trainable_tokens_delta in the file go together.")
     for path in paths:
-        rows: Any = wanted
-        if isinstance(wanted, Mapping):  # pyright: ignore
-            rows = next((v for k, v in wanted.items() if names_match((k,), path)), None)  # pyright: ignore
-        if rows is None or len(rows) != params[path][TOKENS].shape[0]:  # pyright: ignore
+        by_name: Any = wanted.items() if hasattr(wanted, "items") else [(path, wanted)]
+        rows: Any = next((v for k, v in by_name if names_match((k,), path)), None)
+        if rows is None or len(rows) != params[path][TOKENS].shape[0]:
             raise SiteError(
                 f"{path!r} has {params[path][TOKENS].shape[0]} trained rows, which the config does not list."
             )
-        buffers.setdefault(path, {})[TOKEN_INDICES] = torch.tensor(list(rows), dtype=torch.long)  # pyright: ignore
+        buffers.setdefault(path, {})[TOKEN_INDICES] = torch.tensor(list(rows), dtype=torch.long)
 
 
 def _check_against(model: nn.Module, adapter: Adapter, folder: Path) -> None:

@@ -100,8 +100,8 @@ def blend(without: Tensor, with_: Tensor, w: Weight, site: Site) -> Tensor:
         if w.shape != without.shape[: w.ndim] or w.ndim >= without.ndim:
             raise AdapterError(
                 f"weights at {site.path!r}: got shape {tuple(w.shape)}, but the layer's value has shape "
-                f"{tuple(without.shape)}. A vector has one weight per row, a matrix one per row and token; a layer that "
-                "flattens rows and tokens can only take a scalar."
+                f"{tuple(without.shape)}. A vector has one weight per row, a matrix one per row and token; a layer "
+                "that flattens rows and tokens can only take a scalar."
             )
         w = w.reshape(*w.shape, *(1,) * (without.ndim - w.ndim))
     assert w is not None

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from funcadapt.binding import state_of
-from funcadapt.call import as_it_was
+from funcadapt.recompute import as_it_was
 
 _M = TypeVar("_M", bound=nn.Module)
 

@@ -57,7 +57,8 @@ class Factored:
             The stand-in.
 
         Raises:
-            AdapterError: if a weight is per row or token (rows are regrouped before they get here), or dropout is active.
+            AdapterError: if a weight is per row or token (rows are regrouped before they get here), or dropout is
+                active.
             SiteError: if a leaf has another number of experts.
         """
         for level in levels:
@@ -65,8 +66,8 @@ class Factored:
             for name, leaf in level.p.items() if site.experts else ():
                 if leaf.ndim and leaf.shape[0] != site.experts:  # indexing an expert would not notice
                     raise SiteError(
-                        f"{level.method.name} at {site.path!r}: {name} has shape {tuple(leaf.shape)}, expected one entry for "
-                        f"each of the {site.experts} experts. Was this adapter made for another model?"
+                        f"{level.method.name} at {site.path!r}: {name} has shape {tuple(leaf.shape)}, expected one "
+                        f"entry for each of the {site.experts} experts. Was this adapter made for another model?"
                     )
         if isinstance(stored, Factored):
             levels, stored = [*stored.levels, *levels], stored.stored
@@ -187,7 +188,21 @@ class Factored:
 
 
 _CHEAP = frozenset(
-    ["shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad", "is_floating_point", "layout", "is_meta", "element_size"]
+    [
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "size",
+        "dim",
+        "numel",
+        "is_cuda",
+        "requires_grad",
+        "is_floating_point",
+        "layout",
+        "is_meta",
+        "element_size",
+    ]
 )
 
 
@@ -216,10 +231,9 @@ def _matmul(first: Any, second: Any) -> Any:
             return second.product(first, lambda z: z @ stored)
         if first.ndim == 3 and second.site.experts:
             return second.batched(first)
-    if isinstance(first, Factored) and not isinstance(second, Factored) and not first.transposed:
-        # columns instead of rows: W x = (x' W')'
-        if second.ndim == 3 and first.site.experts:
-            return first.batched(second.transpose(-2, -1)).transpose(-2, -1)
+    columns = isinstance(first, Factored) and not isinstance(second, Factored) and not first.transposed
+    if columns and second.ndim == 3 and first.site.experts:  # W x = (x' W')'
+        return first.batched(second.transpose(-2, -1)).transpose(-2, -1)
     return NotImplemented
 
 

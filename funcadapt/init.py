@@ -17,7 +17,8 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, TargetError, did_you_mean
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of
-from funcadapt.sites import Site, SiteTable, is_saved, model_type, names_match, sites
+from funcadapt.sites import Site, SiteTable
+from funcadapt.targeting import is_saved, model_type, names_match, sites, whole_names
 
 Trees = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]
 
@@ -188,19 +189,12 @@ def _whole_parameters(
                 f"modules_to_save names {name!r}, which matches no module."
                 + did_you_mean(name, (path.rpartition(".")[2] for path, _ in named_modules(model) if path))
             )
-    bias = getattr(config, "bias", "none")
-    adapted = {site.path for site in table}
-    for path, module in named_modules(model, remove_duplicate=False):
-        whole = bool(path) and is_saved(config, path)
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            trained = bias == "all" or (bias == "lora_only" and path in adapted)
-            if whole or (name == "bias" and trained):
-                params.setdefault(path, {})[name] = _copy(parameter, device)
-        for name, buffer in module._buffers.items() if whole else ():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                buffers.setdefault(path, {})[name] = _copy(buffer, device)
+    for path, name in whole_names(model, config, {site.path for site in table}):
+        module = model.get_submodule(path)
+        tree, slot = (params, module._parameters) if name in module._parameters else (buffers, module._buffers)
+        held = slot[name]
+        assert held is not None
+        tree.setdefault(path, {})[name] = _copy(held, device)
 
 
 def is_saved_by(name: str, path: str) -> bool:

@@ -23,7 +23,7 @@ from funcadapt.binding import TOKENS
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterFileError, did_you_mean
 from funcadapt.method import Method
-from funcadapt.sites import is_saved, names_match
+from funcadapt.targeting import is_saved, names_match
 
 PREFIX = "base_model.model."
 _PACKED = "in_proj_weight"

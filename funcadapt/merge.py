@@ -82,16 +82,16 @@ def merge(
         name, bias_name = site.weight_name, _join(site.owner, site.bias) if site.bias else ""
         if name not in own:
             raise SiteError(
-                f"The weight at {path!r} is computed from others and cannot be merged into. Call torch.nn.utils.parametrize."
-                "remove_parametrizations first."
+                f"The weight at {path!r} is computed from others and cannot be merged into. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations first."
             )
         if not own[name].is_floating_point():
             raise SiteError(f"The weight at {path!r} is quantised ({own[name].dtype}) and cannot be merged into.")
         others = ties.get(name, ())
         if others and name not in merged and tied == "error":
             raise AdapterError(
-                f"{name!r} is tied to {', '.join(map(repr, others))}: merging would change more than the adapter does. Pass "
-                "tied='untie' to give them separate weights, or tied='share' to change both."
+                f"{name!r} is tied to {', '.join(map(repr, others))}: merging would change more than the adapter does. "
+                "Pass tied='untie' to give them separate weights, or tied='share' to change both."
             )
         old_bias = now(bias_name) if bias_name else None
         weight, bias = _merge_levels(levels, Layer(site, module, levels[0].config), now(name), old_bias)

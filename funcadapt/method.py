@@ -19,7 +19,7 @@ strict about shapes: reshape a leaf to the size that the site has, so that a wro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -81,22 +81,6 @@ class WeightFn(Protocol):
         ...
 
 
-class Shared(Protocol):
-    """The part of `after` that sites with one input can do together: q, k and v, or gate and up."""
-
-    def ready(self, layer: Layer, p: Leaf, x: Tensor) -> bool:
-        """Whether this site can take part in this call."""
-        ...
-
-    def down(self, ps: Sequence[Leaf], x: Tensor) -> Sequence[Tensor]:
-        """The intermediates of all sites for their common input."""
-        ...
-
-    def up(self, layer: Layer, p: Leaf, h: Tensor, y: Tensor) -> Tensor:
-        """The rest: `after(layer, p, x, y) == up(layer, p, down([p], x)[0], y)`."""
-        ...
-
-
 def _always(config: AdapterConfig) -> bool:
     return True
 
@@ -134,7 +118,6 @@ class Method:
         weight: the dense form.
         before: the hook on the input, if the method has one.
         after: the hook on the output, if the method has one.
-        shared: the part of `after` that sites with one input can do together, if there is one.
         when: whether it is this method that a config of that class selects. The first registered one that says
             yes wins, the ones registered with a `when` before the ones without.
         buffers: the 0-d leaves that follow from the config (LoRA's scaling). They are not in checkpoints.
@@ -157,7 +140,6 @@ class Method:
     weight: WeightFn
     before: HookFn | None = None
     after: AfterFn | None = None
-    shared: Shared | None = None
     when: Callable[[Any], bool] = _always
     buffers: Callable[[Any], dict[str, Tensor]] = _no_buffers
     describe: Callable[[Any, Mapping[str, Leaf]], Any] = _keep

@@ -14,7 +14,7 @@ from peft_tools import configs, layer_model, our_sites, peft_sites, tiny, wrap
 from torch import nn
 
 import funcadapt as fa
-from funcadapt.sites import names_match
+from funcadapt.targeting import names_match
 
 NAMES = ["llama", "llama_tied", "llama_cls", "gpt2", "bert", "bert_cls", "t5", "mixtral", "opt"]
 

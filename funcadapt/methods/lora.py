@@ -106,7 +106,22 @@ class LoraConfig(AdapterConfig):
 
     patterned: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     unsupported: ClassVar[frozenset[str]] = frozenset(
-        ["megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"]
+        [
+            "megatron_config",
+            "loftq_config",
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
+            "velora_config",
+            "alora_invocation_tokens",
+            "use_qalora",
+            "monteclora_config",
+            "layer_replication",
+            "use_bdlora",
+            "arrow_config",
+            "kasa_config",
+            "ensure_weight_tying",
+        ]
     )
 
     def __post_init__(self) -> None:
@@ -136,7 +151,7 @@ class LoraConfig(AdapterConfig):
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
 
     def label(self) -> str:
-        """ "lora" or "dora"."""
+        """The variant's name: "lora" or "dora"."""
         return "dora" if self.use_dora else "lora"
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
@@ -189,6 +204,8 @@ def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor
         a = draw.normal(*shape_a, std=1 / r) if gaussian else draw.uniform(*shape_a, bound=1 / math.sqrt(fan_in))
         b = draw.zeros(*shape_b) if how is not False else draw.uniform(*shape_b, bound=math.sqrt(site.groups / r))
     params = {name_a: a, name_b: b}
+    if config.lora_bias and kind in ("mha", "parameter", "experts") and not site.bias:
+        raise SiteError(f"lora_bias=True needs a bias at {site.path!r}, which is applied through its weight.")
     if config.lora_bias:
         params["lora_B_bias"] = draw.zeros(*experts, site.out_features)
     return Fresh(params, scaling)
@@ -264,36 +281,6 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     return out if out.dtype == y.dtype else out.to(y.dtype)
 
 
-class _SharedDown:
-    """Sites that share an input share one down-projection: (x [A_1; A_2; ...]^T), split and scaled."""
-
-    def ready(self, layer: Layer, p: Leaf, x: Tensor) -> bool:
-        """Plain LoRA without active dropout on linear layers, all in one dtype (dropout draws a mask per site)."""
-        config: Any = layer.config
-        return (
-            not (config.lora_dropout and layer.training)
-            and layer.site.kind in _PRODUCTS
-            and "lora_B_bias" not in p
-            and p["lora_A"].dtype == x.dtype
-            and x.ndim > 1
-        )
-
-    def down(self, ps: Sequence[Leaf], x: Tensor) -> Sequence[Tensor]:
-        """One (tokens, r) intermediate a site, scaled."""
-        h: Any
-        a = [p["lora_A"] for p in ps]
-        h = torch.mm(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), torch.cat(a).t())
-        ranks = [t.shape[0] for t in a]
-        if len(set(ranks)) > 1:
-            return [part * p["scaling"] for part, p in zip(h.split(ranks, 1), ps, strict=True)]
-        scaling = torch.stack([p["scaling"] for p in ps])
-        return (h.unflatten(1, (len(ps), -1)) * scaling.unsqueeze(1)).unbind(1)
-
-    def up(self, layer: Layer, p: Leaf, h: Tensor, y: Tensor) -> Tensor:
-        """Y + h B^T."""
-        return _up(h, p["lora_B"], y)
-
-
 def _up(h: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """Y + h B^T without a temporary of the output's size; h is (tokens, r) and scaled."""
     if h.dtype != y.dtype:  # the base layer answered in another dtype, or autocast is on
@@ -340,12 +327,18 @@ def residual(config: LoraConfig, p: Leaf, weight: Tensor) -> Tensor | None:
 def layout(p: Leaf) -> Leaf:
     """B stored column by column, the same values: autograd then takes its gradient as (h^T g)^T.
 
-    That is up to five times faster than g^T h, which it takes for a row-major B and whose inner dimension is the long
-    one.
+    That is several times faster than g^T h, which it takes for a row-major B and whose inner dimension is the long one.
+
+    Args:
+        p: the leaves.
+
+    Returns:
+        The leaves, `lora_B` copied if it is 2-D.
     """
-    if "lora_B" not in p or p["lora_B"].ndim != 2:
+    b = p.get("lora_B")
+    if b is None or b.ndim != 2:
         return p
-    return {**p, "lora_B": p["lora_B"].t().contiguous().t()}
+    return {**p, "lora_B": torch.empty_strided(b.shape, (1, b.shape[0]), dtype=b.dtype, device=b.device).copy_(b)}
 
 
 def pack(p: Leaf) -> Leaf:
@@ -365,7 +358,7 @@ def unpack(config: LoraConfig, p: Leaf) -> Leaf:
     a, b, r = p["lora_A"], p["lora_B"], config.r
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] == r:
         return p
-    per_expert: Tensor = b.unflatten(1, (r, -1)).permute(2, 0, 1).contiguous()  # pyright: ignore
+    per_expert = torch.einsum("ore->eor", b.unflatten(1, (r, -1))).contiguous()
     return {**p, "lora_A": a.unflatten(0, (-1, r)), "lora_B": per_expert}
 
 
@@ -413,6 +406,13 @@ def describe(config: LoraConfig, leaves: Mapping[str, Leaf]) -> LoraConfig:
 
     The config stays as it is where it says the same. Otherwise the most frequent rank and alpha become `r` and
     `lora_alpha`, and the other sites go into the patterns under their full paths.
+
+    Args:
+        config: the config.
+        leaves: the leaves of each site, by path.
+
+    Returns:
+        A config whose `r`, `lora_alpha` and patterns give exactly these leaves.
     """
     said: dict[str, tuple[int, float]] = {}
     same = True
@@ -450,7 +450,6 @@ METHOD = register(
         init=init,
         after=after,
         weight=weight,
-        shared=_SharedDown(),
         buffers=buffers,
         describe=describe,
         check=check,

@@ -1,0 +1,90 @@
+"""Activation checkpointing: the recomputation in the backward pass sees the adapters of the forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator
+from typing import Protocol
+
+from funcadapt.binding import ModelState
+
+_thread = threading.local()
+
+
+class Installable(Protocol):
+    """What can be put in place and taken away again: `engine.Installation`."""
+
+    def enter(self) -> None:
+        """Put it in place."""
+        ...
+
+    def exit(self) -> None:
+        """Take it away."""
+        ...
+
+
+def active_states() -> list[ModelState]:
+    """The models that this thread is calling with adapters, the innermost last."""
+    states: list[ModelState] = _thread.__dict__.setdefault("states", [])
+    return states
+
+
+def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """The `context_fn` of non-reentrant activation checkpointing: the recomputation sees the adapters, too.
+
+    Hugging Face models get it by themselves. Elsewhere it is one argument:
+    `torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=fa.checkpoint_context)`.
+
+    Returns:
+        A context for the forward pass, and one for the recomputation in the backward pass.
+
+    Example:
+        >>> import torch
+        >>> import funcadapt as fa
+        >>> class Checkpointed(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.block = torch.nn.Linear(4, 4)
+        ...     def forward(self, x):
+        ...         return torch.utils.checkpoint.checkpoint(
+        ...             self.block, x, use_reentrant=False, context_fn=fa.checkpoint_context)
+        >>> model = Checkpointed().requires_grad_(False)
+        >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["block"])).map(torch.Tensor.requires_grad_)
+        >>> fa.functional_call(model, adapter, torch.randn(3, 4)).sum().backward()
+        >>> adapter.params["block"]["lora_B"].grad is not None
+        True
+    """
+    states = active_states()
+    if not states:
+        return contextlib.nullcontext(), contextlib.nullcontext()
+    state = states[-1]
+    return contextlib.nullcontext(), as_it_was(state, tuple(state.active))
+
+
+@contextlib.contextmanager
+def as_it_was(state: ModelState, then: tuple[Installable, ...]) -> Generator[None, None, None]:
+    """The installations that were active when a checkpoint ran forward, and no others."""
+    if tuple(state.active) == then:
+        yield
+        return
+    if not state.lock.acquire(timeout=60):
+        raise RuntimeError(
+            "An activation checkpoint waits for the model, which another thread holds. Call backward outside of "
+            "`with fa.applied(...)` blocks for other adapters."
+        )
+    try:
+        now: list[Installable] = list(state.active)
+        for installed in reversed(now):
+            installed.exit()
+        for installed in then:
+            installed.enter()
+        try:
+            yield
+        finally:
+            for installed in reversed(then):
+                installed.exit()
+            for installed in now:
+                installed.enter()
+    finally:
+        state.lock.release()
