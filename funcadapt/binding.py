@@ -10,7 +10,7 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,8 +24,7 @@ TOKENS, TOKEN_INDICES = "trainable_tokens_delta", "token_indices"
 _PLANS_KEPT = 64
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """What is at one path: a module, and the site there if it can have one."""
 
     path: str
@@ -33,22 +32,28 @@ class Place:
     site: Site | None
     parent: nn.Module | None
     name: str  # of the module in its parent
-
-    def stale(self) -> bool:
-        """Whether the model was changed, so that the module is no longer there."""
-        return self.parent is not None and self.parent._modules.get(self.name) is not self.module
+    weight_read: bool  # the parent is of a kind that may read the weight without calling the module
 
     def dense(self) -> bool:
-        """Whether the parent reads the weight without calling the module, so that a hook would be bypassed."""
+        """Whether a hook would be bypassed now: attention always reads the weight of its out-projection, the fast
+        path of an encoder layer those of linear1 and linear2, but never in training.
+        """
         parent = self.parent
-        if isinstance(parent, nn.MultiheadAttention):
-            return True
-        # its fast path reads the weights of linear1 and linear2; it never runs in training
-        return isinstance(parent, nn.TransformerEncoderLayer) and not parent.training
+        return self.weight_read and not (isinstance(parent, nn.TransformerEncoderLayer) and parent.training)
 
 
 Plan = dict[str, Place]
 _NONE: Mapping[str, Tensor] = {}
+
+
+class _Kept(NamedTuple):
+    """A place without a hold on its modules: what is kept of a model must not keep the model."""
+
+    module: weakref.ref[nn.Module]
+    site: Site | None
+    parent: weakref.ref[nn.Module] | None
+    name: str
+    weight_read: bool
 
 
 class ModelState:
@@ -57,9 +62,7 @@ class ModelState:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.active: list[Any] = []
-        self.plans: dict[tuple[str, ...], Plan] = {}
-        self.ties: dict[str, tuple[str, ...]] | None = None
-        self.checkpointers: list[nn.Module] | None = None
+        self.plans: dict[tuple[str, ...], dict[str, _Kept]] = {}
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDictionary()
@@ -96,12 +99,34 @@ def plan(model: nn.Module, paths: tuple[str, ...], state: ModelState | None) -> 
     if state is None:
         return {path: _place(model, path) for path in paths}
     key = (str(id(model)), *paths)
-    found = state.plans.get(key)
-    if found is None or any(place.stale() for place in found.values()):
+    found = _still_there(state.plans.get(key))
+    if found is None:
         found = {path: _place(model, path) for path in paths}
         if len(state.plans) >= _PLANS_KEPT:
             state.plans.pop(next(iter(state.plans)))
-        state.plans[key] = found
+        state.plans[key] = {
+            path: _Kept(
+                weakref.ref(p.module),
+                p.site,
+                None if p.parent is None else weakref.ref(p.parent),
+                p.name,
+                p.weight_read,
+            )
+            for path, p in found.items()
+        }
+    return found
+
+
+def _still_there(kept: Mapping[str, _Kept] | None) -> Plan | None:
+    """The places of an earlier call, unless the model was changed since."""
+    if kept is None:
+        return None
+    found: Plan = {}
+    for path, (module_ref, site, parent_ref, name, weight_read) in kept.items():
+        module, parent = module_ref(), None if parent_ref is None else parent_ref()
+        if module is None or (parent_ref is not None and (parent is None or parent._modules.get(name) is not module)):
+            return None
+        found[path] = Place(path, module, site, parent, name, weight_read)
     return found
 
 
@@ -116,9 +141,10 @@ def _place(model: nn.Module, path: str) -> Place:
             site = describe(model, path)[0]
         except SiteError:
             site = None  # a module whose parameters are trained in full, such as a norm
-        return Place(path, child, site, parent if path else None, name)
+        weight_read = isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        return Place(path, child, site, parent if path else None, name, weight_read)
     site, module = describe(model, path)  # a plain parameter, or an error that says what is there
-    return Place(path, module, site, None, name)
+    return Place(path, module, site, None, name, False)
 
 
 @dataclasses.dataclass(slots=True)

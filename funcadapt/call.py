@@ -15,6 +15,7 @@ from funcadapt.binding import Bound, check_shapes, state_of
 from funcadapt.compose import Weight
 from funcadapt.engine import Installation
 from funcadapt.errors import AdapterError, did_you_mean
+from funcadapt.recompute import calling
 
 Adapters = Adapter | Mapping[str, Adapter]
 Weights = float | Tensor | Mapping[str, float | Tensor]
@@ -97,7 +98,8 @@ def functional_call(
         installed = Installation(model, entries, parameters, state)
         try:
             installed.enter()
-            result = model(*positional, **kwargs)
+            with calling(state):
+                result = model(*positional, **kwargs)
         except Exception as error:
             installed.exit()
             _explain(error, installed.bound)
@@ -148,7 +150,8 @@ def applied(
         installed = Installation(model, entries_of(adapters, weights), parameters, state)
         try:
             installed.enter()
-            yield model
+            with calling(state):
+                yield model
         except Exception as error:
             installed.exit()
             _explain(error, installed.bound)

@@ -25,7 +25,7 @@ from funcadapt.compose import Forward, Hooked, Level, Weight, check_dense, dense
 from funcadapt.errors import AdapterError, BypassWarning, did_you_mean
 from funcadapt.factored import Factored
 from funcadapt.layer import Dense, Layer
-from funcadapt.recompute import active_states, checkpoint_context
+from funcadapt.recompute import checkpoint_context
 from funcadapt.sites import Site, tied_names
 
 _UNSET: Any = object()
@@ -39,27 +39,30 @@ _REENTRANT = (
 )
 
 
-class Installed:
-    """The outermost forward at one site: notes that the site ran.
+class Installed(Hooked):
+    """The outermost level at one site: notes that the site ran.
 
     It must not refer to its installation: a cycle would leave every call's objects to the garbage collector.
     """
 
-    __slots__ = ("check", "inner", "path", "ran")
+    __slots__ = ("check", "path", "ran")
 
     def __init__(self, inner: Hooked, path: str, ran: set[str], check: bool) -> None:
-        self.inner, self.path, self.ran, self.check = inner, path, ran, check
+        super().__init__(inner.base, inner.level, inner.layer)
+        self.path, self.ran, self.check = path, ran, check
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any = None, /, *args: Any, **kwargs: Any) -> Any:
         """The adapted forward."""
         self.ran.add(self.path)
         if self.check and not torch.is_grad_enabled() and _torch.in_reentrant_checkpoint():
             raise RuntimeError(_REENTRANT)
-        return self.inner(*args, **kwargs)
-
-    def dense(self) -> Dense:
-        """The dense form of all levels here, for an inner call's adapters."""
-        return self.inner.dense()
+        level = self.level
+        if level.w is not None or x is None:
+            return super().__call__(x, *args, **kwargs)
+        # the usual case once more, as a call of the parent's costs a tenth of what the engine may cost
+        method, layer, p = level.method, self.layer, level.p
+        y = self.base(x if method.before is None else method.before(layer, p, x), *args, **kwargs)
+        return y if method.after is None else method.after(layer, p, x, y)
 
 
 class Installation:
@@ -102,13 +105,13 @@ class Installation:
             else:
                 self.forwards.append((place.module, self._hooked(levels, site, place.module, path)))
         if state is not None:
-            self._wrap_checkpoints(state)
+            self._wrap_checkpoints()
 
     # -- what to put in place ---------------------------------------------------------------------------
 
     def _hooked(self, levels: list[Level], site: Site, module: nn.Module, path: str) -> Forward:
         base: Any = module.forward
-        below = base.dense if isinstance(base, Installed | Hooked) else None  # an outer call's adapters
+        below = base.dense if isinstance(base, Hooked) else None  # an outer call's adapters
         inner = nest(base, levels, site, module, below)
         if self.state is None:
             return inner
@@ -132,7 +135,7 @@ class Installation:
             self._swap(module, site.bias, new_bias)
 
     def _override(self, parameters: Mapping[str, Tensor]) -> None:
-        ties = self._ties()
+        ties = tied_names(self.model)
         for full, tensor in parameters.items():
             for name in (full, *(other for other in ties.get(full, ()) if other not in parameters)):
                 owner, _, short = name.rpartition(".")
@@ -146,13 +149,6 @@ class Installation:
     def _names(self) -> list[str]:
         return [n for n, _ in (*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers())]
 
-    def _ties(self) -> dict[str, tuple[str, ...]]:
-        if self.state is None:
-            return tied_names(self.model)
-        if self.state.ties is None:
-            self.state.ties = tied_names(self.model)
-        return self.state.ties
-
     def _replace(self, module: nn.Module, name: str, tensor: Tensor, w: Weight) -> None:
         old = self._value(module, name)
         if old.shape != tensor.shape:
@@ -162,7 +158,7 @@ class Installation:
         self._swap(module, name, interpolate(old, tensor, w))
 
     def _tokens(self) -> None:
-        ties = self._ties()
+        ties = tied_names(self.model)
         for path, module, rows, indices, w in self.bound.tokens:
             weight = self._value(module, "weight")
             if rows.shape != (indices.shape[0], weight.shape[1]):
@@ -188,13 +184,13 @@ class Installation:
         slot = self._slot(module, name)
         self.swaps[id(slot), name] = (slot, name, value)
 
-    def _wrap_checkpoints(self, state: ModelState) -> None:
+    def _wrap_checkpoints(self) -> None:
         """Make Hugging Face's activation checkpoints re-enter the engine when they recompute."""
-        if state.checkpointers is None:
-            state.checkpointers = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
-        for module in state.checkpointers:
+        if not torch.is_grad_enabled():
+            return
+        for module in self.model.modules():
             m: Any = module
-            if not (m.gradient_checkpointing and m.training and torch.is_grad_enabled()):
+            if not (m.training and getattr(m, "gradient_checkpointing", False)):
                 continue
             function: Any = getattr(m, "_gradient_checkpointing_func", None)
             if not isinstance(function, functools.partial) or function.func is not checkpoint:
@@ -226,7 +222,6 @@ class Installation:
             slot["forward"] = forward
         if self.state is not None:
             self.state.active.append(self)
-            active_states().append(self.state)
 
     def exit(self) -> None:
         """Take everything away, in reverse order. Harmless if it is not in place."""
@@ -235,7 +230,6 @@ class Installation:
         self._entered = False
         if self.state is not None and self in self.state.active:
             self.state.active.remove(self)
-            active_states().remove(self.state)
         while self._saved_forwards:
             slot, forward = self._saved_forwards.pop()
             if forward is _UNSET:

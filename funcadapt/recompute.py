@@ -24,10 +24,19 @@ class Installable(Protocol):
         ...
 
 
-def active_states() -> list[ModelState]:
-    """The models that this thread is calling with adapters, the innermost last."""
+def _states() -> list[ModelState]:
     states: list[ModelState] = _thread.__dict__.setdefault("states", [])
     return states
+
+
+@contextlib.contextmanager
+def calling(state: ModelState) -> Generator[None, None, None]:
+    """Note that this thread is running a model with adapters, so that `checkpoint_context` finds it."""
+    _states().append(state)
+    try:
+        yield
+    finally:
+        _states().pop()
 
 
 def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
@@ -55,7 +64,7 @@ def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], conte
         >>> adapter.params["block"]["lora_B"].grad is not None
         True
     """
-    states = active_states()
+    states = _states()
     if not states:
         return contextlib.nullcontext(), contextlib.nullcontext()
     state = states[-1]
@@ -80,7 +89,8 @@ def as_it_was(state: ModelState, then: tuple[Installable, ...]) -> Generator[Non
         for installed in then:
             installed.enter()
         try:
-            yield
+            with calling(state):
+                yield
         finally:
             for installed in reversed(then):
                 installed.exit()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,3 +155,14 @@ def test_a_module_that_joins_a_model_later_shares_the_lock() -> None:
     both = nn.Sequential(first, second)
     fa.functional_call(both, {}, (x,))
     assert state_of(both) is state_of(first) is state_of(second)
+
+
+def test_a_model_that_was_called_can_be_freed():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0", "1"]))
+    fa.functional_call(model, adapter, torch.randn(2, 4))
+    fa.merge(model, adapter)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

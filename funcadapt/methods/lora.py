@@ -204,7 +204,7 @@ def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor
         a = draw.normal(*shape_a, std=1 / r) if gaussian else draw.uniform(*shape_a, bound=1 / math.sqrt(fan_in))
         b = draw.zeros(*shape_b) if how is not False else draw.uniform(*shape_b, bound=math.sqrt(site.groups / r))
     params = {name_a: a, name_b: b}
-    if config.lora_bias and kind in ("mha", "parameter", "experts") and not site.bias:
+    if config.lora_bias and kind == "mha" and not site.bias:
         raise SiteError(f"lora_bias=True needs a bias at {site.path!r}, which is applied through its weight.")
     if config.lora_bias:
         params["lora_B_bias"] = draw.zeros(*experts, site.out_features)
@@ -261,8 +261,9 @@ def add_delta(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * B A x, in the dtype that promotes both; `x` has had its dropout."""
     a, b, scaling = factors(p)
     bias = p.get("lora_B_bias")
-    if a.dtype == x.dtype and bias is None and layer.site.kind in _PRODUCTS and x.ndim > 1:
-        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    dims = x.dim()
+    if dims > 1 and a.dtype == x.dtype and bias is None and layer.site.kind in _PRODUCTS:
+        rows = x if dims == 2 else x.reshape(-1, x.shape[-1])
         return _up(torch.mm(rows, a.t()) * scaling, b, y)
     if x.is_floating_point() and x.dtype != a.dtype:
         x = x.to(a.dtype)
