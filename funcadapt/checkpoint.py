@@ -159,9 +159,14 @@ def load(
                 at = config.at(path)
                 method.check(at, path, own)
                 like = next(iter(own.values())).dtype
-                derived = plain if at is config else method.buffers(at)
+                if at is not config:
+                    derived = method.buffers(at)
+                elif any(v.dtype != like for v in plain.values()):  # converted once for all sites of one dtype
+                    derived = plain = {k: v.to(like) for k, v in method.buffers(config).items()}
+                else:
+                    derived = plain
                 if derived:
-                    made = {k: v.clone() if v.dtype == like else v.to(like) for k, v in derived.items()}
+                    made = {k: v.to(like, copy=True) for k, v in derived.items()}
                     buffers.setdefault(path, {}).update(made)
         _token_indices(config, params, buffers)
     except AdapterFileError:
@@ -215,7 +220,10 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:  # pyright: ignore (it checks the header and every offset)
             metadata: dict[str, str] = dict(file.metadata() or {})  # pyright: ignore
-        content = bytearray(path.read_bytes())
+        content = bytearray(path.stat().st_size)
+        with open(path, "rb", buffering=0) as raw:
+            if raw.readinto(content) != len(content):
+                raise OSError("the file changed while it was read")
         size = int.from_bytes(content[:8], "little")
         header: dict[str, Any] = json.loads(content[8 : 8 + size])
         header.pop("__metadata__", None)

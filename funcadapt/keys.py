@@ -138,12 +138,16 @@ def decode(
     suffixes = {f".{suffix}": leaf for leaf, suffix in method.keys.items()}
     for key, tensor in tensors.items():
         short = key.removeprefix(PREFIX)
-        suffix = next((s for s in suffixes if short.endswith(s)), None)
+        suffix = None
+        for candidate in suffixes:
+            if short.endswith(candidate):
+                suffix = candidate
         if key != short and short in tensors:
             raise AdapterFileError(f"{short!r} is there twice, with and without the prefix {PREFIX!r}.")
         if suffix is not None:
-            _check_floating(short.removesuffix(suffix), suffixes[suffix], tensor)
-            by_module.setdefault(short.removesuffix(suffix), {})[suffixes[suffix]] = tensor
+            module, leaf = short[: -len(suffix)], suffixes[suffix]
+            _check_floating(module, leaf, tensor)
+            by_module.setdefault(module, {})[leaf] = tensor
             continue
         path, _, name = short.rpartition(".")
         if name == TOKENS and path.endswith(".token_adapter"):
