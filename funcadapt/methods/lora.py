@@ -258,18 +258,22 @@ def factors(p: Leaf) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_delta(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
-    """Y + s * B A x, in the dtype that promotes both; `x` has had its dropout."""
+    """y + s * B A x, in the dtype that promotes both; `x` has had its dropout."""
+    a, dims = p.get("lora_A"), x.dim()
+    if a is not None and dims > 1 and a.dtype == x.dtype and layer.site.kind in _PRODUCTS and "lora_B_bias" not in p:
+        b = p["lora_B"]
+        h = torch.mm(x if dims == 2 else x.reshape(-1, x.shape[-1]), a.t()) * p["scaling"]
+        if h.dtype != y.dtype:  # the base layer answered in another dtype, or autocast is on
+            return y + F.linear(h, b).view(y.shape)
+        if dims == 2:
+            return torch.addmm(y, h, b.t())  # one fused product: no temporary of the output's size
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.t()).view(y.shape)
     a, b, scaling = factors(p)
-    bias = p.get("lora_B_bias")
-    dims = x.dim()
-    if dims > 1 and a.dtype == x.dtype and bias is None and layer.site.kind in _PRODUCTS:
-        rows = x if dims == 2 else x.reshape(-1, x.shape[-1])
-        return _up(torch.mm(rows, a.t()) * scaling, b, y)
     if x.is_floating_point() and x.dtype != a.dtype:
         x = x.to(a.dtype)
     delta = layer.pointwise(layer.linear(x, a) * scaling, b)
-    if bias is not None:
-        delta = delta + layer.per_output(bias * scaling)
+    if "lora_B_bias" in p:
+        delta = delta + layer.per_output(p["lora_B_bias"] * scaling)
     return y + delta
 
 
@@ -280,15 +284,6 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
         x = dropout(layer, x, config.lora_dropout)
     out = add_delta(layer, p, x, y)
     return out if out.dtype == y.dtype else out.to(y.dtype)
-
-
-def _up(h: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """Y + h B^T without a temporary of the output's size; h is (tokens, r) and scaled."""
-    if h.dtype != y.dtype:  # the base layer answered in another dtype, or autocast is on
-        return (y + F.linear(h, b).view(y.shape)).to(y.dtype)
-    if y.ndim == 2:
-        return torch.addmm(y, h, b.t())
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.t()).view(y.shape)
 
 
 def delta_weight(layer: Layer, p: Leaf) -> Tensor:
