@@ -35,9 +35,9 @@ class Place(NamedTuple):
     weight_read: bool  # the parent is of a kind that may read the weight without calling the module
 
     def dense(self) -> bool:
-        """Whether a hook would be bypassed now: attention always reads the weight of its out-projection, the fast
-        path of an encoder layer those of linear1 and linear2, but never in training.
-        """
+        """Whether a hook would be bypassed now."""
+        # attention always reads the weight of its out-projection; the fast path of an encoder layer reads those of
+        # linear1 and linear2, but never in training
         parent = self.parent
         return self.weight_read and not (isinstance(parent, nn.TransformerEncoderLayer) and parent.training)
 

@@ -93,21 +93,33 @@ def functional_call(
             return model(*positional, **kwargs)
         finally:
             installed.exit()
+    with _in_place(model, entries, parameters, strict, stacklevel=5):
+        return model(*positional, **kwargs)
+
+
+@contextlib.contextmanager
+def _in_place(
+    model: nn.Module,
+    entries: list[tuple[str, Adapter, Weight]],
+    parameters: Mapping[str, Tensor] | None,
+    strict: bool,
+    stacklevel: int,
+) -> Generator[None, None, None]:
+    """Adapters in place, under the model's lock; errors explained, bypasses noticed."""
     state = state_of(model)
     with state.lock:
         installed = Installation(model, entries, parameters, state)
         try:
             installed.enter()
             with calling(state):
-                result = model(*positional, **kwargs)
+                yield
         except Exception as error:
             installed.exit()
             _explain(error, installed.bound)
             raise
         finally:
             installed.exit()
-    installed.check_ran(strict)
-    return result
+    installed.check_ran(strict, stacklevel)
 
 
 @contextlib.contextmanager
@@ -145,20 +157,8 @@ def applied(
         True
     """
     _refuse_compiled(model)
-    state = state_of(model)
-    with state.lock:
-        installed = Installation(model, entries_of(adapters, weights), parameters, state)
-        try:
-            installed.enter()
-            with calling(state):
-                yield model
-        except Exception as error:
-            installed.exit()
-            _explain(error, installed.bound)
-            raise
-        finally:
-            installed.exit()
-    installed.check_ran(strict)
+    with _in_place(model, entries_of(adapters, weights), parameters, strict, stacklevel=6):
+        yield model
 
 
 def _refuse_compiled(model: nn.Module) -> None:

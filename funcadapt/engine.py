@@ -242,7 +242,7 @@ class Installation:
 
     # -- checks -----------------------------------------------------------------------------------------
 
-    def check_ran(self, strict: bool) -> None:
+    def check_ran(self, strict: bool, stacklevel: int = 2) -> None:
         """Warn, or raise, if an adapted layer never ran.
 
         A member of a module list of which nothing ran while another member did is no bypass: an expert that got no
@@ -250,6 +250,7 @@ class Installation:
 
         Args:
             strict: whether to raise.
+            stacklevel: whose line the warning shows, counted from here.
 
         Raises:
             AdapterError: in strict mode, if a layer was bypassed.
@@ -267,7 +268,7 @@ class Installation:
         )
         if strict:
             raise AdapterError(message)
-        warnings.warn(message, BypassWarning, stacklevel=3)
+        warnings.warn(message, BypassWarning, stacklevel=stacklevel)
 
 
 def _skipped(path: str, ran: set[str]) -> bool:

@@ -258,7 +258,7 @@ def factors(p: Leaf) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_delta(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
-    """y + s * B A x, in the dtype that promotes both; `x` has had its dropout."""
+    """The output with the update, y + s * B A x, in the dtype that promotes both; `x` has had its dropout."""
     a, dims = p.get("lora_A"), x.dim()
     if a is not None and dims > 1 and a.dtype == x.dtype and layer.site.kind in _PRODUCTS and "lora_B_bias" not in p:
         b = p["lora_B"]
@@ -354,8 +354,9 @@ def unpack(config: LoraConfig, p: Leaf) -> Leaf:
     a, b, r = p["lora_A"], p["lora_B"], config.r
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] == r:
         return p
-    per_expert = torch.einsum("ore->eor", b.unflatten(1, (r, -1))).contiguous()
-    return {**p, "lora_A": a.unflatten(0, (-1, r)), "lora_B": per_expert}
+    rank_major: Any = b.unflatten(1, (r, -1))
+    per_expert: Any = a.unflatten(0, (-1, r))
+    return {**p, "lora_A": per_expert, "lora_B": torch.einsum("ore->eor", rank_major).contiguous()}
 
 
 def check(config: LoraConfig, path: str, p: Leaf) -> None:
