@@ -354,9 +354,8 @@ def unpack(config: LoraConfig, p: Leaf) -> Leaf:
     a, b, r = p["lora_A"], p["lora_B"], config.r
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] == r:
         return p
-    rank_major: Any = b.unflatten(1, (r, -1))
-    per_expert: Any = a.unflatten(0, (-1, r))
-    return {**p, "lora_A": per_expert, "lora_B": torch.einsum("ore->eor", rank_major).contiguous()}
+    per_expert = torch.einsum("ore->eor", b.reshape(b.shape[0], r, -1)).contiguous()
+    return {**p, "lora_A": a.reshape(-1, r, a.shape[1]), "lora_B": per_expert}
 
 
 def check(config: LoraConfig, path: str, p: Leaf) -> None:
