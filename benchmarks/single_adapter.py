@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft.functional
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
@@ -196,8 +197,10 @@ def frames(s: dict[str, Any]) -> None:
     """Ten adapters of different alpha through one compiled function. A count, not a time."""
     model = copy.deepcopy(s["model"])
     model.model.layers = model.model.layers[:2]  # the count does not depend on the depth
-    configs = [fa.LoraConfig(r=RANK, lora_alpha=alpha, target_modules="all-linear") for alpha in range(1, 11)]
-    adapters = [fa.init(model, config, seed=i) for i, config in enumerate(configs)]
+    adapters = [
+        fa.init(model, fa.LoraConfig(r=RANK, lora_alpha=alpha, target_modules="all-linear"), seed=alpha)
+        for alpha in range(1, 11)
+    ]
     ids = torch.randint(0, 49_000, (1, 16))
 
     def loss(params: Any, adapter: fa.Adapter) -> Tensor:
@@ -221,6 +224,17 @@ def frames(s: dict[str, Any]) -> None:
         for one in inputs:
             compiled(one)
         rows.append({"what": name, "adapters": len(inputs), "frames": counter.frame_count})
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    layer: Any = nn.Sequential(nn.Linear(8, 8))
+    for alpha in range(1, 6):  # more would hit dynamo's limit of recompilations
+        config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"])
+        layer = peft.inject_adapter_in_model(config, layer, f"a{alpha}")
+    compiled = torch.compile(lambda x: layer(x), fullgraph=True, backend=counter)
+    for alpha in range(1, 6):
+        peft.functional.set_adapter(layer, f"a{alpha}")
+        compiled(torch.randn(2, 8))
+    rows.append({"what": "peft forward", "adapters": 5, "frames": counter.frame_count})
     report("frames", rows, ["what", "adapters", "frames"])
 
 
