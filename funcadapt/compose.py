@@ -139,6 +139,26 @@ def dense(level: Level, layer: Layer, weight: Tensor, bias: Tensor | None) -> De
     return interpolate(weight, new, level.w), new_bias
 
 
+def dense_levels(levels: Sequence[Level], site: Site, module: nn.Module, weight: Tensor, bias: Tensor | None) -> Dense:
+    """The dense form of several levels, the first innermost: each sees the weight below it as its own.
+
+    Args:
+        levels: the adapters.
+        site: the site.
+        module: its module.
+        weight: the innermost weight, canonical.
+        bias: the innermost bias, or None.
+
+    Returns:
+        The adapted weight and bias.
+    """
+    for level in levels:
+        below: Dense = (weight, bias)
+        layer = Layer(site, module, level.config, lambda below=below: below)
+        weight, bias = dense(level, layer, weight, bias)
+    return weight, bias
+
+
 def check_dense(level: Level, site: Site, *, training: bool) -> None:
     """Refuse what cannot act through a weight: weights per row or token, and dropout.
 

@@ -21,10 +21,10 @@ from funcadapt import _torch
 from funcadapt._torch import checkpoint
 from funcadapt.adapter import Adapter
 from funcadapt.binding import ModelState, bind, check_shapes
-from funcadapt.compose import Forward, Hooked, Level, Weight, check_dense, dense, interpolate, nest
+from funcadapt.compose import Forward, Hooked, Level, Weight, check_dense, dense_levels, interpolate, nest
 from funcadapt.errors import AdapterError, BypassWarning, did_you_mean
 from funcadapt.factored import Factored
-from funcadapt.layer import Dense, Layer
+from funcadapt.layer import Layer
 from funcadapt.recompute import checkpoint_context
 from funcadapt.sites import Site, tied_names
 
@@ -124,30 +124,23 @@ class Installation:
         layer = Layer(site, module, levels[0].config)
         weight = layer.canonical(self._value(module, site.parameter))
         bias = self._value(module, site.bias) if site.bias else None
-        new_bias = bias
         for level in levels:
             check_dense(level, site, training=module.training)
-            below: Dense = (weight, new_bias)
-            layer = Layer(site, module, level.config, lambda below=below: below)
-            weight, new_bias = dense(level, layer, weight, new_bias)
+        weight, new_bias = dense_levels(levels, site, module, weight, bias)
         self._swap(module, site.parameter, layer.stored(weight))
         if new_bias is not bias:
             self._swap(module, site.bias, new_bias)
 
     def _override(self, parameters: Mapping[str, Tensor]) -> None:
         ties = tied_names(self.model)
+        named = (*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers())
+        known = {name: None for name, _ in named}
         for full, tensor in parameters.items():
+            if full not in known:
+                raise AdapterError(f"parameters names {full!r}, which the model lacks.{did_you_mean(full, known)}")
             for name in (full, *(other for other in ties.get(full, ()) if other not in parameters)):
                 owner, _, short = name.rpartition(".")
-                module = self.model.get_submodule(owner) if full in self._names() else None
-                if module is None:
-                    raise AdapterError(
-                        f"parameters names {full!r}, which the model lacks.{did_you_mean(full, self._names())}"
-                    )
-                self._swap(module, short, tensor)
-
-    def _names(self) -> list[str]:
-        return [n for n, _ in (*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers())]
+                self._swap(self.model.get_submodule(owner), short, tensor)
 
     def _replace(self, module: nn.Module, name: str, tensor: Tensor, w: Weight) -> None:
         old = self._value(module, name)

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funcadapt import _torch
-from funcadapt.compose import Level, check_dense, dense, nest
+from funcadapt.compose import Level, check_dense, dense_levels, nest
 from funcadapt.errors import SiteError
-from funcadapt.layer import Dense, Layer
+from funcadapt.layer import Dense
 from funcadapt.sites import Site
 
 
@@ -78,10 +78,7 @@ class Factored:
     def dense(self) -> Tensor:
         """The adapted weight, in the form in which the model holds it."""
         if self._dense is None:
-            weight = self._canonical()
-            for level in self.levels:
-                layer = Layer(self.site, self.module, level.config, lambda w=weight: (w, None))
-                weight, _ = dense(level, layer, weight, None)
+            weight, _ = dense_levels(self.levels, self.site, self.module, self._canonical(), None)
             new = weight.transpose(-2, -1) if self.transposed else weight
             self._dense = new
         return self._dense

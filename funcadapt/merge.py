@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from funcadapt._torch import named_modules
 from funcadapt.binding import bind, state_of
 from funcadapt.call import Adapters, Weights, entries_of
-from funcadapt.compose import Level, dense, interpolate
+from funcadapt.compose import Level, dense_levels, interpolate
 from funcadapt.errors import AdapterError, SiteError
 from funcadapt.layer import Dense, Layer
 from funcadapt.sites import tied_names
@@ -114,15 +114,13 @@ def _merge_levels(levels: list[Level], layer: Layer, stored: Tensor, bias: Tenso
     """The merged weight as stored, and the merged bias if it changed; accumulated in float32 or wider."""
     wide = torch.promote_types(stored.dtype, torch.float32)
     weight, first_bias = layer.canonical(stored).to(wide), None if bias is None else bias.to(wide)
-    new_bias = first_bias
     for level in levels:
-        below: Dense = (weight, new_bias)
-        layer = Layer(layer.site, layer.module, level.config, lambda below=below: below)
         level.p = {k: v.to(wide) if v.is_floating_point() else v for k, v in level.p.items()}
-        weight, new_bias = dense(level, layer, weight, new_bias)
-    changed = new_bias is not first_bias and new_bias is not None and bias is not None
-    out_bias = new_bias.to(bias.dtype) if changed and new_bias is not None and bias is not None else None
-    return layer.stored(weight).to(stored.dtype).contiguous(), out_bias
+    weight, new_bias = dense_levels(levels, layer.site, layer.module, weight, first_bias)
+    merged = layer.stored(weight).to(stored.dtype).contiguous()
+    if bias is None or new_bias is None or new_bias is first_bias:
+        return merged, None
+    return merged, new_bias.to(bias.dtype)
 
 
 def merge_(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +17,6 @@ import funcadapt as fa
 from funcadapt.binding import state_of
 
 pytestmark = pytest.mark.usefixtures("_frequent_switches")
-
-
-@pytest.fixture
-def _frequent_switches() -> Iterator[None]:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
 
 
 def lora(model: nn.Module, seed: int) -> fa.Adapter:

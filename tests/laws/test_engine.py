@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,14 +65,6 @@ def test_a_transform_leaves_the_model_unchanged(case: Case) -> None:
     stack = stacked([adapter, adapter])
     vmap(grad(lambda p: fa.functional_call(model, adapter.replace(params=p), (x,)).pow(2).sum()))(stack.params)
     before.check()
-
-
-@pytest.fixture
-def _frequent_switches() -> Iterator[None]:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
 
 
 @pytest.mark.usefixtures("_frequent_switches")
