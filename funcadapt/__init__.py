@@ -31,6 +31,9 @@ from funcadapt.methods.lora import LoraConfig as LoraConfig
 from funcadapt.recompute import checkpoint_context as checkpoint_context
 from funcadapt.sites import Site as Site
 from funcadapt.sites import SiteTable as SiteTable
+from funcadapt.stacking import select as select
+from funcadapt.stacking import stack as stack
+from funcadapt.stacking import unstack as unstack
 from funcadapt.targeting import sites as sites
 
 __version__ = version("funcadapt")

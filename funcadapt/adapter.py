@@ -13,13 +13,43 @@ import torch
 from torch import Tensor
 
 from funcadapt import _torch
-from funcadapt.config import AdapterConfig, config_from_dict
+from funcadapt.config import AdapterConfig, config_from_dict, freeze
 
 Leaves = Mapping[str, Tensor]
 """The named tensors at one site, e.g. `{"lora_A": (r, in), "lora_B": (out, r)}`."""
 
 TensorTree = Mapping[str, Leaves]
 """Site path -> leaf name -> tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """What a stack remembers of the adapters in it, so that `fa.unstack` gives them back.
+
+    Attributes:
+        configs: their configs.
+        ranks: path -> rank of each at that site, where they differ; 0 for one that is not there.
+        ndim: path -> number of axes that the first leaf there has in one adapter: inside `vmap` it has them, in the
+            stack one more.
+    """
+
+    configs: tuple[AdapterConfig, ...]
+    ranks: Mapping[str, tuple[int, ...]]
+    ndim: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types."""
+        return {
+            "configs": [config.to_dict() for config in self.configs],
+            "ranks": {path: list(ranks) for path, ranks in self.ranks.items()},
+            "ndim": dict(self.ndim),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Members:
+        """The inverse of `to_dict`."""
+        configs = tuple(config_from_dict(config) for config in values["configs"])
+        return cls(configs, freeze(values["ranks"]), freeze(values["ndim"]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +65,7 @@ class Adapter:
         params: the trainable tensors, site path -> leaf name -> tensor.
         buffers: the frozen tensors, in a tree of the same form.
         config: the static config (frozen and hashable).
+        members: the adapters that a stack was made of, see `fa.stack`; None for a single adapter.
 
     Example:
         >>> import torch
@@ -50,6 +81,7 @@ class Adapter:
     params: TensorTree
     buffers: TensorTree
     config: AdapterConfig
+    members: Members | None = None
 
     def replace(self, **changes: Any) -> Adapter:
         """A copy with `params`, `buffers` or `config` replaced.
@@ -73,7 +105,7 @@ class Adapter:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Adapter:
         """A copy with `function` applied to every tensor, params and buffers."""
-        return Adapter(_map(function, self.params), _map(function, self.buffers), self.config)
+        return Adapter(_map(function, self.params), _map(function, self.buffers), self.config, self.members)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Adapter:
         """A copy on another device and in another floating dtype (integer leaves keep theirs).
@@ -116,7 +148,8 @@ class Adapter:
         if len(tensors) != sum(1 for _ in self.tensors()):
             return f"Adapter(params={self.params!r}, buffers={self.buffers!r})"  # a prefix tree, as in in_dims
         sites = len({*self.params, *self.buffers})
-        ranks = sorted({r for path in self.params if (r := self.config.rank(self.leaves(path)))})
+        single = self if self.members is None else self.map(lambda t: t[0] if t.ndim else t)
+        ranks = sorted({r for path in self.params if (r := self.config.rank(single.leaves(path)))})
         parts = [self.config.label(), f"{sites} site{'s' * (sites != 1)}"]
         if ranks:
             parts.append(f"r={ranks[0]}" if len(ranks) == 1 else f"r={ranks[0]}..{ranks[-1]}")
@@ -124,51 +157,58 @@ class Adapter:
         dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point())
         parts.extend(name for name, _ in dtypes.most_common())
         devices = {str(t.device) for t in tensors} - {"cpu"}
-        return f"Adapter({', '.join(parts + sorted(devices))})"
+        name = "Adapter" if self.members is None else f"Stack of {len(self.members.configs)}"
+        return f"{name}({', '.join(parts + sorted(devices))})"
 
 
 def _map(function: Callable[[Tensor], Tensor], tree: TensorTree) -> dict[str, dict[str, Tensor]]:
     return {path: {name: function(t) for name, t in leaves.items()} for path, leaves in tree.items()}
 
 
-def _flatten(adapter: Adapter) -> tuple[list[Any], AdapterConfig]:
-    return [adapter.params, adapter.buffers], adapter.config
+Context = tuple[AdapterConfig, Members | None]
 
 
-def _flatten_with_keys(adapter: Adapter) -> tuple[list[tuple[Any, Any]], AdapterConfig]:
+def _flatten(adapter: Adapter) -> tuple[list[Any], Context]:
+    return [adapter.params, adapter.buffers], (adapter.config, adapter.members)
+
+
+def _flatten_with_keys(adapter: Adapter) -> tuple[list[tuple[Any, Any]], Context]:
     keys = [_torch.GetAttrKey("params"), _torch.GetAttrKey("buffers")]
-    return list(zip(keys, _flatten(adapter)[0], strict=True)), adapter.config
+    children, context = _flatten(adapter)
+    return list(zip(keys, children, strict=True)), context
 
 
-def _unflatten(children: Any, config: AdapterConfig) -> Adapter:
+def _unflatten(children: Any, context: Context) -> Adapter:
     params, buffers = children
-    return Adapter(params, buffers, config)
+    return Adapter(params, buffers, *context)
 
 
-def _flatten_with_entries(adapter: Adapter) -> tuple[list[Any], AdapterConfig, tuple[str, str]]:
+def _flatten_with_entries(adapter: Adapter) -> tuple[list[Any], Context, tuple[str, str]]:
     return *_flatten(adapter), ("params", "buffers")
 
 
-def _unflatten_optree(config: AdapterConfig, children: Any) -> Adapter:
-    return _unflatten(children, config)
+def _unflatten_optree(context: Context, children: Any) -> Adapter:
+    return _unflatten(children, context)
 
 
-def _dump_config(config: AdapterConfig) -> str:
-    return json.dumps(config.to_dict(), sort_keys=True)
+def _dump_context(context: Context) -> str:
+    config, members = context
+    return json.dumps([config.to_dict(), members and members.to_dict()], sort_keys=True)
 
 
-def _load_config(text: str) -> AdapterConfig:
-    return config_from_dict(json.loads(text))
+def _load_context(text: str) -> Context:
+    config, members = json.loads(text)
+    return config_from_dict(config), members and Members.from_dict(members)
 
 
-_torch.add_safe_globals([Adapter])  # `torch.export.load` reads an exported program's example inputs
+_torch.add_safe_globals([Adapter, Members])  # `torch.export.load` reads an exported program's example inputs
 _torch.register_pytree_node(
     Adapter,
     _flatten,
     _unflatten,
     serialized_type_name="funcadapt.Adapter",
-    to_dumpable_context=_dump_config,
-    from_dumpable_context=_load_config,
+    to_dumpable_context=_dump_context,
+    from_dumpable_context=_load_context,
     flatten_with_keys_fn=_flatten_with_keys,
 )
 _optree: Any = optree  # its types want a Collection

@@ -81,6 +81,14 @@ class WeightFn(Protocol):
         ...
 
 
+class MaskedFn(Protocol):
+    """`masked`: the output of the base layer -> the output of rows that choose among N adapters."""
+
+    def __call__(self, layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Tensor:
+        """Return the new output. `choice` is (rows, N)."""
+        ...
+
+
 def _always(config: AdapterConfig) -> bool:
     return True
 
@@ -129,6 +137,17 @@ class Method:
         unpack: the inverse, given the site's config.
         dropout: the probability of dropout in the hooks; the dense form cannot have any.
         residual: for an init that takes a part out of the base weight (PiSSA): the corrected weight. None otherwise.
+        reads: the config fields that the hooks read (dropout left out), which must agree among stacked adapters; None
+            for all but the patterned ones.
+        with_rank: the leaves of one site padded with zeros to a larger rank, or cut to a smaller one, for stacking
+            adapters of different ranks: a padded adapter acts exactly as it did. None if that cannot be.
+        neutral: leaves of the shapes of given ones that change nothing, for stacking adapters on different sites. None
+            if the leaves alone cannot say that.
+        grouped: a faster `after` for N adapters at once: every leaf, `x` and `y` have a leading axis N. It may return
+            NotImplemented, and must equal `torch.func.vmap` of `after`.
+        masked: `after` for rows that each choose among N adapters, in one product over all of them: `x` (rows, in), `y`
+            (rows, out), leaves (N, ...), `choice` (rows, N) of x's dtype with at most one 1 a row, no choice being the
+            bare layer. May return NotImplemented.
         constant_in_gradient: leaves whose gradient leaves out a term by the method's design (DoRA's norm).
     """
 
@@ -149,6 +168,11 @@ class Method:
     unpack: Callable[[Any, Leaf], Leaf] = _second
     dropout: Callable[[Any], float] = lambda config: 0.0
     residual: Callable[[Any, Leaf, Tensor], Tensor | None] = lambda config, p, weight: None
+    reads: frozenset[str] | None = None
+    with_rank: Callable[[Leaf, int], Leaf] | None = None
+    neutral: Callable[[Leaf], Leaf] | None = None
+    grouped: AfterFn | None = None
+    masked: MaskedFn | None = None
     constant_in_gradient: frozenset[str] = frozenset()
 
 

@@ -117,6 +117,8 @@ METHOD = register(
         unpack=lora.unpack,
         residual=lora.residual,
         dropout=lora.METHOD.dropout,
+        reads=lora.METHOD.reads,
+        with_rank=lora.with_rank,
         constant_in_gradient=frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}),
     )
 )

@@ -141,5 +141,7 @@ METHOD = register(
         after=after,
         weight=weight,
         check=check,
+        reads=frozenset({"feedforward_modules"}),
+        neutral=lambda p: {name: torch.ones_like(leaf) for name, leaf in p.items()},
     )
 )

@@ -337,6 +337,33 @@ def layout(p: Leaf) -> Leaf:
     return {**p, "lora_B": torch.empty_strided(b.shape, (1, b.shape[0]), dtype=b.dtype, device=b.device).copy_(b)}
 
 
+def with_rank(p: Leaf, r: int) -> Leaf:
+    """A with zero rows and B with zero columns up to rank r, or both cut to it; in each group of a convolution."""
+    name_a, name_b = ("lora_A", "lora_B") if "lora_A" in p else ("lora_embedding_A", "lora_embedding_B")
+    a, b = p[name_a], p[name_b]
+    experts = a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
+    axis = int(experts)
+    groups = a.shape[axis] // b.shape[axis + 1]
+    if r % groups:
+        raise SiteError(f"A convolution of {groups} groups cannot have rank {r}.")
+    by_group: Tensor = a.unflatten(axis, (groups, -1))  # pyright: ignore[reportUnknownMemberType]
+    rows = _resized(by_group, axis + 1, r // groups).flatten(axis, axis + 1)
+    return {**p, name_a: rows, name_b: _resized(b, axis + 1, r // groups)}
+
+
+def _resized(t: Tensor, axis: int, size: int) -> Tensor:
+    if size <= t.shape[axis]:
+        return t.narrow(axis, 0, size)
+    shape = list(t.shape)
+    shape[axis] = size - t.shape[axis]
+    return torch.cat([t, t.new_zeros(shape)], axis)
+
+
+def neutral(p: Leaf) -> Leaf:
+    """Zeros: no update."""
+    return {name: torch.zeros_like(leaf) for name, leaf in p.items()}
+
+
 def pack(p: Leaf) -> Leaf:
     """PEFT stores experts as A (r * experts, in), expert by expert, and B (out, r * experts), rank by rank."""
     if (
@@ -454,5 +481,8 @@ METHOD = register(
         unpack=unpack,
         residual=residual,
         dropout=lambda config: config.lora_dropout,
+        reads=frozenset(),
+        with_rank=with_rank,
+        neutral=neutral,
     )
 )
