@@ -21,6 +21,8 @@ from funcadapt.errors import SiteError as SiteError
 from funcadapt.errors import TargetError as TargetError
 from funcadapt.init import init as init
 from funcadapt.init import init_with_base as init_with_base
+from funcadapt.many import grouped as grouped
+from funcadapt.many import routed as routed
 from funcadapt.merge import merge as merge
 from funcadapt.merge import merge_ as merge_
 from funcadapt.method import Method as Method

@@ -36,6 +36,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
+def unflatten(t: torch.Tensor, axis: int, sizes: tuple[int, ...]) -> torch.Tensor:
+    """`t.unflatten(axis, sizes)`, which torch leaves untyped."""
+    return t.unflatten(axis, sizes)  # pyright: ignore
+
+
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
     """`model.named_modules()`, which torch leaves untyped."""
     return list(model.named_modules(remove_duplicate=remove_duplicate))  # pyright: ignore

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from funcadapt.adapter import Adapter
 from funcadapt.compose import Level, Weight
 from funcadapt.errors import AdapterError, SiteError, did_you_mean
+from funcadapt.many import Grouped, Routed
 from funcadapt.method import Method, method_of
+from funcadapt.rows import Rows
 from funcadapt.sites import Site, describe
 
 TOKENS, TOKEN_INDICES = "trainable_tokens_delta", "token_indices"
@@ -43,6 +45,8 @@ class Place(NamedTuple):
 
 
 Plan = dict[str, Place]
+Entry = Adapter | Grouped | Routed
+"""What acts in a call: one adapter, or many."""
 _NONE: Mapping[str, Tensor] = {}
 
 
@@ -147,6 +151,28 @@ def _place(model: nn.Module, path: str) -> Place:
     return Place(path, module, site, None, name, False)
 
 
+class Whole(NamedTuple):
+    """A parameter that an adapter (or each of a stack) holds in full."""
+
+    path: str
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    w: Weight
+    rows: Rows | None
+
+
+class Tokens(NamedTuple):
+    """Rows of an embedding that an adapter (or each of a stack) trains."""
+
+    path: str
+    module: nn.Module
+    rows_of: Tensor
+    indices: Tensor
+    w: Weight
+    rows: Rows | None
+
+
 @dataclasses.dataclass(slots=True)
 class Bound:
     """Everything that acts in one call.
@@ -154,17 +180,19 @@ class Bound:
     Attributes:
         levels: path -> the adapters at that site, innermost first.
         places: path -> where that is.
-        replaced: (module, parameter name, tensor, weight): parameters that an adapter holds in full.
-        tokens: (path, module, rows, indices, weight): trained rows of an embedding.
+        replaced: parameters that an adapter holds in full.
+        tokens: trained rows of embeddings.
+        rows: the grouped and routed entries.
     """
 
     levels: dict[str, list[Level]]
     places: Plan
-    replaced: list[tuple[nn.Module, str, Tensor, Weight]]
-    tokens: list[tuple[str, nn.Module, Tensor, Tensor, Weight]]
+    replaced: list[Whole]
+    tokens: list[Tokens]
+    rows: list[Rows]
 
 
-def bind(model: nn.Module, entries: Sequence[tuple[str, Adapter, Weight]], state: ModelState | None) -> Bound:
+def bind(model: nn.Module, entries: Sequence[tuple[str, Entry, Weight]], state: ModelState | None) -> Bound:
     """Sort the leaves of some adapters by what they do.
 
     Args:
@@ -178,8 +206,13 @@ def bind(model: nn.Module, entries: Sequence[tuple[str, Adapter, Weight]], state
     Raises:
         SiteError: if a path or a leaf name fits nothing in the model.
     """
-    bound = Bound({}, {}, [], [])
-    for _, adapter, w in entries:
+    bound = Bound({}, {}, [], [], [])
+    for _, entry, w in entries:
+        if isinstance(entry, Adapter):
+            adapter, rows = entry, None
+        else:
+            adapter, rows = entry.stack, entry.rows()
+            bound.rows.append(rows)
         method = method_of(adapter.config)
         params, buffers = adapter.params, adapter.buffers
         places = plan(model, tuple(params), state)
@@ -192,7 +225,7 @@ def bind(model: nn.Module, entries: Sequence[tuple[str, Adapter, Weight]], state
             leaves, frozen = params.get(path, _NONE), buffers.get(path, _NONE)
             # usually all leaves are the method's
             usual = leaves and keys >= leaves.keys()
-            own = leaves if usual else _own_leaves(place, method, leaves, w, bound, frozen)
+            own = leaves if usual else _own_leaves(place, method, leaves, w, bound, frozen, rows)
             if own:
                 if place.site is None or place.site.kind not in method.kinds:
                     raise SiteError(
@@ -201,8 +234,9 @@ def bind(model: nn.Module, entries: Sequence[tuple[str, Adapter, Weight]], state
                     )
                 p = {**own, **frozen}
                 if place.site.experts == 1:  # its leaves have no expert axis: a checkpoint cannot tell it from 2-D
-                    p = {name: leaf.unsqueeze(0) if leaf.ndim else leaf for name, leaf in p.items()}
-                bound.levels.setdefault(path, []).append(Level(method, adapter.config, p, w))
+                    axis = int(rows is not None)
+                    p = {name: leaf.unsqueeze(axis) if leaf.ndim > axis else leaf for name, leaf in p.items()}
+                bound.levels.setdefault(path, []).append(Level(method, adapter.config, p, w, rows))
     return bound
 
 
@@ -213,6 +247,7 @@ def _own_leaves(
     w: Weight,
     bound: Bound,
     buffers: Mapping[str, Tensor],
+    rows: Rows | None,
 ) -> Mapping[str, Tensor]:
     """The leaves that are the method's; the others are noted in `bound`."""
     keys, module = method.keys, place.module
@@ -221,9 +256,9 @@ def _own_leaves(
         if name in keys:
             own[name] = leaf
         elif name == TOKENS:
-            bound.tokens.append((place.path, module, leaf, buffers[TOKEN_INDICES], w))
+            bound.tokens.append(Tokens(place.path, module, leaf, buffers[TOKEN_INDICES], w, rows))
         elif name in module._parameters or name in module._buffers:  # PEFT's files do not tell which
-            bound.replaced.append((module, name, leaf, w))
+            bound.replaced.append(Whole(place.path, module, name, leaf, w, rows))
         else:
             known = [*keys, *module._parameters]
             raise SiteError(
@@ -232,7 +267,7 @@ def _own_leaves(
             )
     for name, leaf in buffers.items():
         if name in module._buffers:
-            bound.replaced.append((module, name, leaf, w))
+            bound.replaced.append(Whole(place.path, module, name, leaf, w, rows))
     return own
 
 
@@ -252,9 +287,10 @@ def check_shapes(bound: Bound) -> None:
         site = bound.places[path].site
         assert site is not None
         for level in levels:
-            expected = expected_shapes(site, level.method, level.config, level.p)
+            p = level.p if level.rows is None else {name: leaf[0] for name, leaf in level.p.items()}
+            expected = expected_shapes(site, level.method, level.config, p)
             for name, shape in expected.items():
-                got = tuple(level.p[name].shape) if name in level.p else None
+                got = tuple(p[name].shape) if name in p else None
                 if got is None:
                     raise SiteError(f"{level.method.name} at {path!r} lacks the leaf {name!r} of shape {shape}.")
                 if got != shape:
@@ -262,8 +298,9 @@ def check_shapes(bound: Bound) -> None:
                         f"{level.method.name} at {path!r}: {name} has shape {got}, expected {shape} for a {site.kind} "
                         f"of shape {site.shape}. Was this adapter made for another model?"
                     )
-    for module, name, tensor, _ in bound.replaced:
+    for _, module, name, tensor, _, rows in bound.replaced:
         old = module._parameters.get(name, module._buffers.get(name))
+        tensor = tensor if rows is None else tensor[0]
         if old is not None and old.shape != tensor.shape:
             raise AdapterError(
                 f"The adapter holds a {name!r} of shape {tuple(tensor.shape)} for a {type(module).__name__} whose own "

@@ -11,13 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funcadapt import _torch
 from funcadapt.adapter import Adapter
-from funcadapt.binding import Bound, check_shapes, state_of
+from funcadapt.binding import Bound, Entry, check_shapes, state_of
 from funcadapt.compose import Weight
 from funcadapt.engine import Installation
 from funcadapt.errors import AdapterError, did_you_mean
+from funcadapt.many import Grouped, Routed
 from funcadapt.recompute import calling
+from funcadapt.stacking import is_single
 
-Adapters = Adapter | Mapping[str, Adapter]
+Adapters = Entry | Mapping[str, Entry]
 Weights = float | Tensor | Mapping[str, float | Tensor]
 
 
@@ -47,7 +49,8 @@ def functional_call(
 
     Args:
         model: the model.
-        adapters: one adapter, or adapters by name; an empty dict is the bare model.
+        adapters: one adapter, `fa.grouped(...)`, `fa.routed(...)`, or any of them by name; an empty dict is the bare
+            model.
         args: positional arguments of the model; a tuple, or a single one.
         kwargs: keyword arguments of the model.
         weights: by adapter name: a number, a 0-d tensor, a vector (one weight per row) or a matrix (one per row and
@@ -100,7 +103,7 @@ def functional_call(
 @contextlib.contextmanager
 def _in_place(
     model: nn.Module,
-    entries: list[tuple[str, Adapter, Weight]],
+    entries: list[tuple[str, Entry, Weight]],
     parameters: Mapping[str, Tensor] | None,
     strict: bool,
     stacklevel: int,
@@ -170,7 +173,7 @@ def _refuse_compiled(model: nn.Module) -> None:
         )
 
 
-def entries_of(adapters: Adapters, weights: Weights | None) -> list[tuple[str, Adapter, Weight]]:
+def entries_of(adapters: Adapters, weights: Weights | None) -> list[tuple[str, Entry, Weight]]:
     """Adapters and weights, in every form that `functional_call` takes, as (name, adapter, weight) in order.
 
     Args:
@@ -184,13 +187,13 @@ def entries_of(adapters: Adapters, weights: Weights | None) -> list[tuple[str, A
         AdapterError: if the two do not fit together; near matches are listed.
         TypeError: if something is no adapter.
     """
-    if isinstance(adapters, Adapter):
+    if isinstance(adapters, Adapter | Grouped | Routed):
         if isinstance(weights, Mapping):
             raise AdapterError(
                 "weights is a dict, but there is one adapter without a name. Pass the weight itself, or a dict of "
                 "adapters."
             )
-        return [("", adapters, weights)]
+        return [("", _checked(adapters), weights)]
     if not isinstance(adapters, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"Expected an Adapter or a dict of them, got {type(adapters).__name__}.")
     if weights is None:
@@ -201,9 +204,18 @@ def entries_of(adapters: Adapters, weights: Weights | None) -> list[tuple[str, A
         if name not in adapters:
             raise AdapterError(f"weights names an unknown adapter {name!r}.{did_you_mean(name, adapters)}")
     for name, adapter in adapters.items():
-        if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(adapter, Adapter | Grouped | Routed):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"adapters[{name!r}] is a {type(adapter).__name__}, expected an Adapter.")
-    return [(name, adapter, weights.get(name)) for name, adapter in adapters.items()]
+    return [(name, _checked(adapter), weights.get(name)) for name, adapter in adapters.items()]
+
+
+def _checked(entry: Entry) -> Entry:
+    if isinstance(entry, Adapter) and not is_single(entry):
+        raise AdapterError(
+            "A stack of adapters cannot act by itself. Say which row uses which: fa.grouped(stack) or fa.routed(stack, "
+            "index); or map over it: torch.func.vmap(lambda a: fa.functional_call(model, a, ...))(stack)."
+        )
+    return entry
 
 
 def _explain(error: Exception, bound: Bound) -> None:

@@ -47,6 +47,7 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     Raises:
         AdapterFileError: if `directory` is a file.
         SiteError: if a leaf has no name in a checkpoint.
+        AdapterError: if it is a stack.
 
     Example:
         >>> import torch
@@ -59,6 +60,8 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         >>> fa.load(folder)
         Adapter(lora, 1 site, r=2, 12 parameters, float32)
     """
+    if adapter.members is not None:
+        raise AdapterError("save: a stack has no checkpoint of its own. Save each: for a in fa.unstack(stack): ...")
     folder = Path(directory)
     if folder.is_file():
         raise AdapterFileError(f"Provided path ({folder}) should be a directory, not a file.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from funcadapt.layer import Dense, Layer
 from funcadapt.method import Leaf, Method
 from funcadapt.sites import Site
 
+if TYPE_CHECKING:
+    from funcadapt.rows import Rows
+
 Weight = float | Tensor | None
 """How much of an adapter acts: None for all of it, a number, a 0-d tensor, (rows) or (rows, tokens)."""
 
@@ -23,19 +26,21 @@ Forward = Callable[..., Any]
 
 @dataclasses.dataclass(slots=True)
 class Level:
-    """One adapter at one site.
+    """One adapter at one site, or a stack of them.
 
     Attributes:
         method: the method.
         config: the adapter's config.
         p: the leaves, params and buffers.
         w: how much of it acts.
+        rows: which row belongs to which adapter of a stack; None for a single adapter.
     """
 
     method: Method
     config: AdapterConfig
     p: Leaf
     w: Weight
+    rows: Rows | None = None
 
 
 class Hooked:
@@ -60,25 +65,65 @@ class Hooked:
         if x is None:
             x = kwargs.pop("input" if "input" in kwargs else "x")
         level, layer = self.level, self.layer
-        method, p = level.method, level.p
+        if level.rows is not None:
+            return self._many(level.rows, x, args, kwargs)
         if level.w is not None:
-            return self._weighted(x, args, kwargs)
+            return self._weighted(x, args, kwargs, _single)
+        method, p = level.method, level.p
         y = self.base(x if method.before is None else method.before(layer, p, x), *args, **kwargs)
         return y if method.after is None else method.after(layer, p, x, y)
 
-    def _weighted(self, x: Any, args: Any, kwargs: Any) -> Any:
+    def _weighted(self, x: Any, args: Any, kwargs: Any, run: Callable[..., Tensor]) -> Any:
         level, layer = self.level, self.layer
-        method, p = level.method, level.p
-        inner = x
+        method, inner = level.method, x
         if method.before is not None:
-            changed = method.before(layer, p, x)
+            changed = run(method.before, level, layer, x)
             inner = x if changed is x else blend(x, changed, level.w, layer.site)
         y = self.base(inner, *args, **kwargs)
-        return y if method.after is None else blend(y, method.after(layer, p, x, y), level.w, layer.site)
+        return y if method.after is None else blend(y, run(method.after, level, layer, x, y), level.w, layer.site)
+
+    def _many(self, rows: Rows, x: Any, args: Any, kwargs: Any) -> Any:
+        level, layer = self.level, self.layer
+        if rows.current is not None:  # inside a module that is run adapter by adapter
+            one = rows.alone(level, rows.current)
+            if one is None:
+                return self.base(x, *args, **kwargs)
+            alone = Layer(layer.site, layer.module, one.config, layer.below)
+            alone.mask = rows.mask_alone(level, layer, x)
+            return Hooked(self.base, one, alone)(x, *args, **kwargs)
+        x = rows.widened(x, layer.site)
+        mask = rows.mask(level, layer, x)
+
+        def run(hook: Callable[..., Tensor], level: Level, layer: Layer, *tensors: Tensor) -> Tensor:
+            return rows.run(hook, level, layer, mask, *tensors)
+
+        return self._weighted(x, args, kwargs, run)
 
     def dense(self) -> Dense:
-        """The dense form of this level and everything below."""
-        return dense(self.level, self.layer, self.layer.weight, self.layer.bias)
+        """The dense form of this level and everything below.
+
+        Returns:
+            The weight and bias.
+
+        Raises:
+            AdapterError: if it is another one for every row.
+        """
+        level, layer = self.level, self.layer
+        if level.rows is not None:
+            if level.rows.current is None:
+                raise AdapterError(
+                    f"The outer adapter at {layer.site.path!r} needs the weight that it wraps, but the adapter inside "
+                    "is grouped or routed: there is one weight for every row. Change their order."
+                )
+            one = level.rows.alone(level, level.rows.current)
+            if one is None:
+                return layer.weight, layer.bias
+            return dense(one, layer, layer.weight, layer.bias)
+        return dense(level, layer, layer.weight, layer.bias)
+
+
+def _single(hook: Callable[..., Tensor], level: Level, layer: Layer, *tensors: Tensor) -> Tensor:
+    return hook(layer, level.p, *tensors)
 
 
 def blend(without: Tensor, with_: Tensor, w: Weight, site: Site) -> Tensor:
@@ -104,7 +149,8 @@ def blend(without: Tensor, with_: Tensor, w: Weight, site: Site) -> Tensor:
                 "that flattens rows and tokens can only take a scalar."
             )
         w = w.reshape(*w.shape, *(1,) * (without.ndim - w.ndim))
-    assert w is not None
+    if w is None:
+        return with_
     return (without + w * (with_ - without)).to(without.dtype)
 
 

@@ -8,6 +8,7 @@ FSDP's hooks keep working.) Everything is restored in reverse order, also if the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import warnings
@@ -19,14 +20,13 @@ from torch import Tensor, nn
 
 from funcadapt import _torch
 from funcadapt._torch import checkpoint
-from funcadapt.adapter import Adapter
-from funcadapt.binding import ModelState, bind, check_shapes
-from funcadapt.compose import Forward, Hooked, Level, Weight, check_dense, dense_levels, interpolate, nest
+from funcadapt.binding import Entry, ModelState, Place, Tokens, Whole, bind, check_shapes
+from funcadapt.compose import Forward, Hooked, Level, Weight, nest
 from funcadapt.errors import AdapterError, BypassWarning, did_you_mean
-from funcadapt.factored import Factored
-from funcadapt.layer import Layer
 from funcadapt.recompute import checkpoint_context
-from funcadapt.sites import Site, tied_names
+from funcadapt.sites import tied_names
+from funcadapt.splitting import Assignment, Root, Split
+from funcadapt.swapping import Swaps, heads_of, slot_of, swap_tokens, swap_weight, swap_whole
 
 _UNSET: Any = object()
 
@@ -37,6 +37,25 @@ _REENTRANT = (
     "(gradient_checkpointing_enable in older transformers), or "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=fa.checkpoint_context)."
 )
+
+
+# Experts that are modules see the tokens that were sent to them, in no order: their block is run adapter by adapter.
+_EXPERT = re.compile(r"(.*?)\.?\bexperts\.\d+\.")
+
+
+@dataclasses.dataclass(slots=True)
+class Owner:
+    """A module that is run adapter by adapter, and what each adapter puts into it."""
+
+    module: nn.Module
+    path: str
+    wholes: list[Whole]
+    tokens: list[tuple[Tokens, list[tuple[nn.Module, str]]]]
+    weights: list[tuple[Place, list[Level]]]
+
+
+def _owner(owners: dict[int, Owner], module: nn.Module, path: str) -> Owner:
+    return owners.setdefault(id(module), Owner(module, path, [], [], []))
 
 
 class Installed(Hooked):
@@ -57,7 +76,7 @@ class Installed(Hooked):
         if self.check and not torch.is_grad_enabled() and _torch.in_reentrant_checkpoint():
             raise RuntimeError(_REENTRANT)
         level = self.level
-        if level.w is not None or x is None:
+        if level.w is not None or level.rows is not None or x is None:
             return super().__call__(x, *args, **kwargs)
         # the usual case once more, as a call of the parent's costs a tenth of what the engine may cost
         method, layer, p = level.method, self.layer, level.p
@@ -74,62 +93,133 @@ class Installation:
     def __init__(
         self,
         model: nn.Module,
-        entries: Sequence[tuple[str, Adapter, Weight]],
+        entries: Sequence[tuple[str, Entry, Weight]],
         parameters: Mapping[str, Tensor] | None,
         state: ModelState | None,
     ) -> None:
         self.model, self.state = model, state
         self.bound = bind(model, entries, state)
-        self.forwards: list[tuple[nn.Module, Forward]] = []
-        self.swaps: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self.forwards: dict[int, tuple[nn.Module, Forward]] = {}
+        self.swaps = Swaps()
         self.ran: set[str] = set()
         self.hooked: list[str] = []
         self._saved_forwards: list[tuple[dict[str, Any], Any]] = []
-        self._saved_values: list[tuple[dict[str, Any], str, Any]] = []
         self._entered = False
-        if parameters:
-            self._override(parameters)
-        for module, name, tensor, w in self.bound.replaced:
-            self._replace(module, name, tensor, w)
-        if self.bound.tokens:
-            self._tokens()
-        for path, levels in self.bound.levels.items():
-            place = self.bound.places[path]
-            site = place.site
-            assert site is not None
-            if site.kind in ("parameter", "experts") and state is not None:
-                factored = Factored.create(self._value(place.module, site.parameter), levels, site, place.module)
-                self._swap(place.module, site.parameter, factored)
-            elif site.kind in ("mha", "parameter", "experts") or place.dense():
-                self._dense(levels, site, place.module)
-            else:
-                self.forwards.append((place.module, self._hooked(levels, site, place.module, path)))
-        if state is not None:
-            self._wrap_checkpoints()
+        self._prepare(parameters)
 
     # -- what to put in place ---------------------------------------------------------------------------
 
-    def _hooked(self, levels: list[Level], site: Site, module: nn.Module, path: str) -> Forward:
+    def _prepare(self, parameters: Mapping[str, Tensor] | None) -> None:
+        bound = self.bound
+        if parameters:
+            self._override(parameters)
+        owners: dict[int, Owner] = {}
+        if bound.rows:
+            self._rows_first()
+        for whole in bound.replaced:
+            if whole.rows is None:
+                self._replace(self.swaps, whole)
+            else:
+                _owner(owners, whole.module, whole.path).wholes.append(whole)
+        for tokens in bound.tokens:
+            heads = heads_of(self.model, tokens.path, tokens.module)
+            if tokens.rows is None:
+                swap_tokens(self.swaps, tokens.path, heads, tokens.rows_of, tokens.indices, tokens.w)
+            else:
+                for module, name in heads:
+                    path = tokens.path if module is tokens.module else f"{tokens.path} (tied)"
+                    _owner(owners, module, path).tokens.append((tokens, [(module, name)]))
+        for path, levels in bound.levels.items():
+            place = bound.places[path]
+            site, many = place.site, any(level.rows is not None for level in levels)
+            assert site is not None
+            # an encoder layer's fast path is off where rows have different adapters
+            inside = place.dense() and not (many and isinstance(place.parent, nn.TransformerEncoderLayer))
+            if site.kind in ("mha", "parameter", "experts") or inside:
+                if not many:
+                    swap_weight(self.swaps, place, levels, factored=self.state is not None)
+                    continue
+                parent = site.path.rpartition(".")[0]
+                owner = (place.parent, parent) if inside and place.parent is not None else (place.module, site.owner)
+                _owner(owners, *owner).weights.append((place, levels))
+            else:
+                self._hook(levels, place)
+                if many and (experts := _EXPERT.match(path)):
+                    _owner(owners, self.model.get_submodule(experts[1]), experts[1])
+        for owner in owners.values():
+            self._split(owner)
+        if bound.rows:
+            self.forwards[id(self.model)] = self.model, Root(self._forward(self.model), bound.rows)
+        if self.state is not None:
+            self._wrap_checkpoints()
+
+    def _forward(self, module: nn.Module) -> Any:
+        """The forward that a module has so far."""
+        held = self.forwards.get(id(module))
+        return module.forward if held is None else held[1]
+
+    def _hook(self, levels: list[Level], place: Place) -> None:
+        module, site, path = place.module, place.site, place.path
+        assert site is not None
         base: Any = module.forward
         below = base.dense if isinstance(base, Hooked) else None  # an outer call's adapters
         inner = nest(base, levels, site, module, below)
-        if self.state is None:
-            return inner
-        self.hooked.append(path)
-        # A reentrant checkpoint runs its forward without gradients, though the call was made with them.
-        check = torch.is_grad_enabled() and any(t.requires_grad for level in levels for t in level.p.values())
-        return Installed(inner, path, self.ran, check)
+        if self.state is not None:
+            self.hooked.append(path)
+            # A reentrant checkpoint runs its forward without gradients, though the call was made with them.
+            check = torch.is_grad_enabled() and any(t.requires_grad for level in levels for t in level.p.values())
+            inner = Installed(inner, path, self.ran, check)
+        self.forwards[id(module)] = module, inner
 
-    def _dense(self, levels: list[Level], site: Site, module: nn.Module) -> None:
-        layer = Layer(site, module, levels[0].config)
-        weight = layer.canonical(self._value(module, site.parameter))
-        bias = self._value(module, site.bias) if site.bias else None
-        for level in levels:
-            check_dense(level, site, training=module.training)
-        weight, new_bias = dense_levels(levels, site, module, weight, bias)
-        self._swap(module, site.parameter, layer.stored(weight))
-        if new_bias is not bias:
-            self._swap(module, site.bias, new_bias)
+    def _rows_first(self) -> None:
+        """What would hide from many adapters which row is which."""
+        for module in self.model.modules():
+            if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+                raise AdapterError(
+                    "Grouped and routed adapters need the rows on the first axis, but this model has an "
+                    "nn.MultiheadAttention with batch_first=False, whose first axis are the tokens."
+                )
+            if isinstance(module, nn.TransformerEncoderLayer) and not module.training:
+                # the switch of its fast path, which would read the weights of its layers without calling them
+                self.swaps.set(module.__dict__, "activation_relu_or_gelu", 0)
+
+    def _split(self, owner: Owner) -> None:
+        """Run a module adapter by adapter."""
+        entries, made = self.bound.rows, dict[tuple[bool, Assignment], Swaps]()
+
+        def weights(assignment: Assignment) -> Swaps:
+            key = torch.is_grad_enabled(), assignment
+            if key not in made:
+                adapters = dict(zip(map(id, entries), assignment, strict=True))
+                made[key] = self._weights(owner, adapters)
+            return made[key]
+
+        sites = [place.path for place, _ in owner.weights]
+        if self.state is not None:
+            self.hooked.extend(sites)
+        base = self._forward(owner.module)
+        split = Split(base, owner.path, owner.module, entries, weights, sites, self.ran)
+        self.forwards[id(owner.module)] = owner.module, split
+
+    def _weights(self, owner: Owner, adapters: Mapping[int, int]) -> Swaps:
+        """What one adapter of each entry puts into a module."""
+        swaps = Swaps(self.swaps)
+        for whole in owner.wholes:
+            adapter = adapters[id(whole.rows)]
+            if adapter >= 0:
+                self._replace(swaps, whole._replace(tensor=whole.tensor[adapter], rows=None))
+        for tokens, heads in owner.tokens:
+            adapter = adapters[id(tokens.rows)]
+            if adapter >= 0:
+                swap_tokens(swaps, tokens.path, heads, tokens.rows_of[adapter], tokens.indices[adapter], tokens.w)
+        for place, levels in owner.weights:
+            alone = [
+                level if level.rows is None else level.rows.alone(level, adapters[id(level.rows)]) for level in levels
+            ]
+            present = [level for level in alone if level is not None]
+            if present:
+                swap_weight(swaps, place, present, factored=self.state is not None)
+        return swaps
 
     def _override(self, parameters: Mapping[str, Tensor]) -> None:
         ties = tied_names(self.model)
@@ -140,42 +230,15 @@ class Installation:
                 raise AdapterError(f"parameters names {full!r}, which the model lacks.{did_you_mean(full, known)}")
             for name in (full, *(other for other in ties.get(full, ()) if other not in parameters)):
                 owner, _, short = name.rpartition(".")
-                self._swap(self.model.get_submodule(owner), short, tensor)
+                module = self.model.get_submodule(owner)
+                self.swaps.set(slot_of(module, short), short, tensor)
 
-    def _replace(self, module: nn.Module, name: str, tensor: Tensor, w: Weight) -> None:
-        old = self._value(module, name)
-        if old.shape != tensor.shape:
-            check_shapes(self.bound)
-        if isinstance(w, Tensor) and w.ndim:
-            raise AdapterError(f"weights per row or token cannot act on the whole parameter {name!r}. Use a scalar.")
-        self._swap(module, name, interpolate(old, tensor, w))
-
-    def _tokens(self) -> None:
-        ties = tied_names(self.model)
-        for path, module, rows, indices, w in self.bound.tokens:
-            weight = self._value(module, "weight")
-            if rows.shape != (indices.shape[0], weight.shape[1]):
-                raise AdapterError(
-                    f"trainable tokens at {path!r}: got {tuple(rows.shape)}, expected "
-                    f"{(indices.shape[0], weight.shape[1])}."
-                )
-            new = interpolate(weight, weight.index_copy(0, indices, rows.to(weight.dtype)), w)
-            self._swap(module, "weight", new)
-            for other in ties.get(f"{path}.weight", ()):  # a tied head shares the trained rows, as in PEFT
-                owner, _, short = other.rpartition(".")
-                self._swap(self.model.get_submodule(owner), short, new)
-
-    def _slot(self, module: nn.Module, name: str) -> dict[str, Any]:
-        return module._parameters if name in module._parameters else module._buffers
-
-    def _value(self, module: nn.Module, name: str) -> Any:
-        slot = self._slot(module, name)
-        held = self.swaps.get((id(slot), name))
-        return slot[name] if held is None else held[2]
-
-    def _swap(self, module: nn.Module, name: str, value: Any) -> None:
-        slot = self._slot(module, name)
-        self.swaps[id(slot), name] = (slot, name, value)
+    def _replace(self, swaps: Swaps, whole: Whole) -> None:
+        try:
+            swap_whole(swaps, whole.module, whole.name, whole.tensor, whole.w)
+        except AdapterError:
+            check_shapes(self.bound)  # says more, if it is the shape
+            raise
 
     def _wrap_checkpoints(self) -> None:
         """Make Hugging Face's activation checkpoints re-enter the engine when they recompute."""
@@ -198,18 +261,15 @@ class Installation:
                 raise RuntimeError(_REENTRANT)
             options: dict[str, Any] = {"context_fn": checkpoint_context, **function.keywords}
             wrapped: Any = functools.partial(function, **options)  # pyright: ignore
-            slot = m.__dict__
-            self.swaps[id(slot), "_gradient_checkpointing_func"] = (slot, "_gradient_checkpointing_func", wrapped)
+            self.swaps.set(m.__dict__, "_gradient_checkpointing_func", wrapped)
 
     # -- in place, and away -----------------------------------------------------------------------------
 
     def enter(self) -> None:
         """Put everything in place."""
         self._entered = True
-        for slot, name, value in self.swaps.values():
-            self._saved_values.append((slot, name, slot[name]))
-            slot[name] = value
-        for module, forward in self.forwards:
+        self.swaps.enter()
+        for module, forward in self.forwards.values():
             slot = module.__dict__
             self._saved_forwards.append((slot, slot.get("forward", _UNSET)))
             slot["forward"] = forward
@@ -229,9 +289,7 @@ class Installation:
                 del slot["forward"]
             else:
                 slot["forward"] = forward
-        while self._saved_values:
-            slot, name, value = self._saved_values.pop()
-            slot[name] = value
+        self.swaps.exit()
 
     # -- checks -----------------------------------------------------------------------------------------
 

@@ -31,9 +31,10 @@ class Layer:
         config: the adapter's config.
         below: gives the canonical weight and bias of what this adapter wraps; it differs from the module's own
             where several adapters nest, or for one expert of a stack.
+        mask: the dropout of this call, zeros and 1 / (1 - rate), where it was drawn already; else None.
     """
 
-    __slots__ = ("below", "config", "module", "site")
+    __slots__ = ("below", "config", "mask", "module", "site")
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Layer:
         below: Callable[[], Dense] | None = None,
     ) -> None:
         self.site, self.module, self.config, self.below = site, module, config, below
+        self.mask: Tensor | None = None
 
     @property
     def training(self) -> bool:
@@ -148,6 +150,8 @@ def dropout(layer: Layer, x: Tensor, p: float) -> Tensor:
     Returns:
         The input with dropout.
     """
+    if layer.mask is not None:  # many adapters, each with a rate of its own
+        return (x * layer.mask).to(x.dtype)
     if p == 0.0 or not layer.training or layer.site.kind == "embedding":
         return x
     return torch.dropout(x, p, True)

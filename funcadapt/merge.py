@@ -56,6 +56,10 @@ def merge(
     if tied not in ("error", "untie", "share"):
         raise AdapterError(f"tied must be 'error', 'untie' or 'share', got {tied!r}.")
     bound = bind(model, entries_of(adapters, weights), state_of(model))
+    if bound.rows:
+        raise AdapterError(
+            "merge: grouped and routed adapters have a weight for every row. Merge one: fa.select(stack, i)."
+        )
     ties = tied_names(model)
     own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     paths = {id(module): path for path, module in named_modules(model)}
@@ -64,13 +68,13 @@ def merge(
     def now(name: str) -> Tensor:
         return merged.get(name, own[name])
 
-    for module, short, tensor, w in bound.replaced:
+    for _, module, short, tensor, w, _ in bound.replaced:
         # A module that is saved whole has a weight of its own, also where the base ties it to another.
         name = _join(paths[id(module)], short)
         merged[name] = interpolate(own[name], tensor.to(own[name].dtype), w)
         for other in ties.get(name, ()):
             merged.setdefault(other, own[other])
-    for path, _, rows, indices, w in bound.tokens:
+    for path, _, rows, indices, w, _ in bound.tokens:
         name = _join(path, "weight")
         old = now(name)
         new = interpolate(old, old.index_copy(0, indices, rows.to(old.dtype)), w)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt._torch import fork_rng, linalg
+from funcadapt._torch import fork_rng, linalg, unflatten
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
@@ -286,6 +286,62 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     return out if out.dtype == y.dtype else out.to(y.dtype)
 
 
+def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:
+    """`after` for N adapters at once: two batched products, no temporary of the output's size.
+
+    Args:
+        layer: the layer.
+        p: the leaves, `lora_A` (N, r, in), `lora_B` (N, out, r), `scaling` (N).
+        x: (N, ..., in).
+        y: (N, ..., out).
+
+    Returns:
+        (N, ..., out); NotImplemented where the layer is no plain product, or the dtypes differ.
+    """
+    config: Any = layer.config
+    a, b = p.get("lora_A"), p.get("lora_B")
+    if a is None or b is None or layer.site.kind not in _PRODUCTS or "lora_B_bias" in p:
+        return NotImplemented
+    if a.dtype != x.dtype or y.dtype != x.dtype:
+        return NotImplemented
+    if config.lora_dropout:
+        x = dropout(layer, x, config.lora_dropout)
+    n = x.shape[0]
+    h = torch.bmm(x.reshape(n, -1, x.shape[-1]), a.transpose(1, 2)) * p["scaling"].view(n, 1, 1)
+    if h.dtype != y.dtype:  # autocast
+        return NotImplemented
+    return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), h, b.transpose(1, 2)).view(y.shape)
+
+
+def masked(layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Any:
+    """`after` for rows that choose among N adapters: one product with all of them, the others' r-wide part masked.
+
+    Args:
+        layer: the layer.
+        p: the leaves, as in `grouped`.
+        x: (rows, in).
+        y: (rows, out).
+        choice: (rows, N), at most one 1 a row.
+
+    Returns:
+        (rows, out); NotImplemented as in `grouped`.
+    """
+    config: Any = layer.config
+    a, b = p.get("lora_A"), p.get("lora_B")
+    if a is None or b is None or layer.site.kind not in _PRODUCTS or "lora_B_bias" in p:
+        return NotImplemented
+    if a.dtype != x.dtype or y.dtype != x.dtype:
+        return NotImplemented
+    if config.lora_dropout:
+        x = dropout(layer, x, config.lora_dropout)
+    n, r = a.shape[:2]
+    h = torch.mm(x, a.reshape(n * r, -1).t())
+    if h.dtype != y.dtype:  # autocast
+        return NotImplemented
+    h = h.view(-1, n, r) * (choice * p["scaling"]).unsqueeze(-1)
+    return torch.addmm(y, h.view(-1, n * r), b.transpose(1, 2).reshape(n * r, -1))
+
+
 def delta_weight(layer: Layer, p: Leaf) -> Tensor:
     """S * B A in canonical form."""
     a, b, scaling = factors(p)
@@ -346,8 +402,7 @@ def with_rank(p: Leaf, r: int) -> Leaf:
     groups = a.shape[axis] // b.shape[axis + 1]
     if r % groups:
         raise SiteError(f"A convolution of {groups} groups cannot have rank {r}.")
-    by_group: Tensor = a.unflatten(axis, (groups, -1))  # pyright: ignore[reportUnknownMemberType]
-    rows = _resized(by_group, axis + 1, r // groups).flatten(axis, axis + 1)
+    rows = _resized(unflatten(a, axis, (groups, -1)), axis + 1, r // groups).flatten(axis, axis + 1)
     return {**p, name_a: rows, name_b: _resized(b, axis + 1, r // groups)}
 
 
@@ -484,5 +539,7 @@ METHOD = register(
         reads=frozenset(),
         with_rank=with_rank,
         neutral=neutral,
+        grouped=grouped,
+        masked=masked,
     )
 )

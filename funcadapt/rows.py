@@ -1,0 +1,347 @@
+"""Rows: which row of a call belongs to which adapter, and how a method's hooks run for all adapters at once.
+
+The base layer runs once on all rows. Around it, a hook runs with an adapter axis: `torch.func.vmap` of the method's own
+pure function, or a hand-written batched form where the method has one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from funcadapt import _torch
+from funcadapt.errors import AdapterError
+from funcadapt.layer import Layer
+from funcadapt.method import Leaf
+from funcadapt.sites import Site
+
+if TYPE_CHECKING:
+    from funcadapt.compose import Level
+
+HOW = ("gather", "sort", "masked")
+
+Hook = Callable[..., Tensor]
+
+
+def choose(groups: int, size: int, n: int, numbers: int, width: int, *, masked: bool, static: bool) -> str:
+    """The cheapest way to route: a function of shapes alone, so that a compiled graph holds one path.
+
+    Costs are in float operations; moving a number costs as much as 16 of them, calling an operation as much as
+    100,000. Measured on two CPU cores; a GPU has other constants, but the same order for the shapes that matter.
+
+    Args:
+        groups: how many rows (or tokens, where each chooses for itself) there are.
+        size: how many tokens each has.
+        n: how many adapters there are.
+        numbers: how many numbers one adapter has at this site.
+        width: how many numbers a token has going in and coming out.
+        masked: whether the method has a masked form.
+        static: whether nothing may depend on values, as while compiling.
+
+    Returns:
+        "gather": copy each row's leaves and run them as groups of one row. "sort": bring the rows of an adapter
+        together, and run adapter by adapter. "masked": one product with all adapters, all but one masked.
+    """
+    tokens, move, call = groups * size, 16, 100_000
+    costs = {"gather": 3 * move * groups * numbers + 2 * tokens * numbers + 4 * call}
+    if not static:
+        used = min(n, groups)
+        costs["sort"] = 3 * move * tokens * width + move * used * numbers + 2 * tokens * numbers + 6 * call * used
+    if masked:
+        costs["masked"] = move * n * numbers + 2 * tokens * n * numbers + 4 * call
+    return min(costs, key=lambda how: costs[how])
+
+
+class Rows:
+    """One grouped or routed entry, in one call.
+
+    Attributes:
+        n: how many adapters there are.
+        index: None for equal groups; else the adapter of each row, (rows), or token, (rows, tokens); -1 for none.
+        how: the execution by name, or None for the cheapest.
+        may_skip: whether the index may hold -1.
+        configs: the config of each adapter.
+        seeds: of each adapter's dropout, or None for torch's global generator.
+        total: how many rows the model's own inputs have, once it runs.
+        current: the adapter that acts alone while a module is run adapter by adapter, else None.
+    """
+
+    __slots__ = ("_cache", "configs", "current", "expand", "how", "index", "may_skip", "n", "seeds", "total")
+
+    def __init__(
+        self,
+        n: int,
+        configs: Sequence[Any],
+        *,
+        index: Tensor | None = None,
+        how: str | None = None,
+        may_skip: bool = False,
+        seeds: Sequence[int] | None = None,
+        expand: bool = False,
+    ) -> None:
+        self.n, self.configs, self.index, self.how, self.may_skip = n, configs, index, how, may_skip
+        self.seeds, self.expand = seeds, expand
+        self.total: int | None = None
+        self.current: int | None = None
+        self._cache: dict[str, Any] = {}
+
+    # -- one adapter alone ------------------------------------------------------------------------------
+
+    def alone(self, level: Level, adapter: int) -> Level | None:
+        """The level with one of its adapters; None for the bare layer."""
+        if adapter < 0:
+            return None
+        p = {name: leaf[adapter] for name, leaf in level.p.items()}
+        return type(level)(level.method, self.configs[adapter], p, level.w)
+
+    # -- all of them ------------------------------------------------------------------------------------
+
+    def widened(self, x: Tensor, site: Site) -> Tensor:
+        """The input with all rows: one that all rows share, such as positions, is repeated; its form is checked."""
+        least = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "embedding": 1}.get(site.kind, 2)
+        if x.ndim < least:
+            raise AdapterError(
+                f"{site.path!r} got an input of shape {tuple(x.shape)}, which has no axis of rows. Grouped and routed "
+                "adapters need batched inputs."
+            )
+        if x.shape[0] == 1 and self.total is not None and self.total > 1:
+            x = x.expand(self.total, *x.shape[1:])
+        if self.total and x.shape[0] % self.total:
+            raise AdapterError(
+                f"{site.path!r} got an input of shape {tuple(x.shape)}, but the model's inputs have {self.total} rows, "
+                "so it is unknown which adapter each row of it belongs to. Grouped and routed adapters need the rows "
+                "on the first axis of every adapted layer. Exclude this layer (exclude_modules)."
+            )
+        return x
+
+    def groups(self, x: Tensor, site: Site) -> tuple[int, bool]:
+        """Into how many groups an input falls, and whether rows and tokens are two axes of it."""
+        if self.index is None:
+            if x.shape[0] % self.n:
+                raise AdapterError(
+                    f"{site.path!r} got {x.shape[0]} rows, which do not fall into {self.n} equal groups, one for each "
+                    "adapter of the stack."
+                )
+            return self.n, False
+        if self.index.ndim == 2:
+            if x.shape[:2] == self.index.shape and (x.ndim > 2 or site.kind == "embedding"):
+                if site.kind.startswith("conv"):
+                    raise AdapterError(f"An index per token cannot act at the convolution {site.path!r}.")
+                return self.index.numel(), True
+            if x.shape[0] == self.index.numel():
+                return self.index.numel(), False
+            raise AdapterError(
+                f"{site.path!r} got an input of shape {tuple(x.shape)}, but the index is for {self.index.shape[0]} "
+                f"rows of {self.index.shape[1]} tokens."
+            )
+        rows = self.index.shape[0]
+        if (x.shape[0] % rows) if rows else x.shape[0]:
+            raise AdapterError(
+                f"{site.path!r} got {x.shape[0]} rows, but the index has {rows} entries: expected as many rows, or a "
+                "multiple (beams, return sequences), where each entry is for consecutive rows."
+            )
+        return rows, False
+
+    def run(self, hook: Hook, level: Level, layer: Layer, mask: Tensor | None, *tensors: Tensor) -> Tensor:
+        """A hook on all rows.
+
+        Args:
+            hook: the method's `before` or `after`.
+            level: the adapters, leaves (N, ...).
+            layer: the layer.
+            mask: from `mask`.
+            *tensors: x, or x and y; as the layer gets and gives them.
+
+        Returns:
+            What the hook returns, rows in the same order.
+        """
+        x = tensors[0]
+        count, by_token = self.groups(x, layer.site)
+        views = [_fold(t, count, by_token) for t in tensors]
+        if self.index is None:
+            out = _batched(hook, level, layer, level.p, mask, views)
+        else:
+            out = self._routed(hook, level, layer, mask, views)
+        out = out.flatten(0, 1)
+        return _torch.unflatten(out, 0, x.shape[:2]) if by_token else out
+
+    def _routed(self, hook: Hook, level: Level, layer: Layer, mask: Tensor | None, views: list[Tensor]) -> Tensor:
+        count, size = views[0].shape[:2]
+        how, method = self.how, level.method
+        if not count:
+            return views[-1]
+        masked = method.masked is not None and hook is method.after
+        if how is None:
+            static = _torch.is_compiling() or _torch.in_functorch()
+            numbers = sum(leaf.numel() for leaf in level.p.values()) // self.n
+            tokens = views[-1].numel() // max(1, views[-1].shape[-1] * count)
+            width = layer.site.in_features + layer.site.out_features
+            how = choose(count, tokens if size else 0, self.n, numbers, width, masked=masked, static=static)
+        if how == "masked":
+            if method.masked is None:
+                raise AdapterError(f"{method.name} has no masked form. Use how='gather' or 'sort'.")
+            if hook is method.after:
+                out = self._masked(level, layer, mask, views)
+                if out is not NotImplemented:
+                    return out
+            how = "gather"
+        if how == "sort":
+            return self._sorted(hook, level, layer, mask, views)
+        chosen = self.chosen()
+        p = {name: leaf.index_select(0, chosen) for name, leaf in level.p.items()}
+        out = _batched(hook, level, layer, p, mask, views)
+        if not self.may_skip:
+            return out
+        valid = self._kept("valid", lambda index: index >= 0)
+        return torch.where(valid.view(-1, *(1,) * (out.ndim - 1)), out, views[-1])
+
+    def _masked(self, level: Level, layer: Layer, mask: Tensor | None, views: list[Tensor]) -> Any:
+        x, y = views
+        if layer.site.kind not in ("linear", "hf_conv1d"):
+            return NotImplemented
+        inner = x.shape[2:-1]
+        choice = self._kept("choice", lambda index: torch.nn.functional.one_hot(index + 1, self.n + 1)[:, 1:])
+        each = x.shape[1] * inner.numel()
+        per_token = choice.to(x.dtype).repeat_interleave(each, 0) if each != 1 else choice.to(x.dtype)
+        at = _masked_layer(layer, None if mask is None else mask.flatten(0, -2))
+        assert level.method.masked is not None
+        out: Any = level.method.masked(at, level.p, x.flatten(0, -2), y.flatten(0, -2), per_token)
+        return out if out is NotImplemented else out.view(y.shape)
+
+    def _sorted(self, hook: Hook, level: Level, layer: Layer, mask: Tensor | None, views: list[Tensor]) -> Tensor:
+        pieces: list[Tensor] = []
+        order, runs = self.sorted()
+        moved = [t if order is None else t.index_select(0, order) for t in views]
+        masks = mask if mask is None or order is None else mask.index_select(0, order)
+        for adapter, start, end in runs:
+            parts = [t[start:end] for t in moved]
+            if adapter < 0:
+                pieces.append(parts[-1])
+                continue
+            p = {name: leaf[adapter] for name, leaf in level.p.items()}
+            at = _masked_layer(layer, None if masks is None else masks[start:end].flatten(0, 1))
+            out = hook(at, p, *(t.flatten(0, 1) for t in parts))
+            pieces.append(_torch.unflatten(out, 0, parts[0].shape[:2]))
+        out = torch.cat(pieces)
+        return out if order is None else out.index_select(0, self._cache["back"])
+
+    # -- what follows from the index, once a call -------------------------------------------------------
+
+    def _kept(self, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        if name not in self._cache:
+            assert self.index is not None
+            self._cache[name] = make(self.index.flatten())
+        return self._cache[name]
+
+    def chosen(self) -> Tensor:
+        """The adapter of each row; any adapter where there is none."""
+        return self._kept("chosen", lambda index: index.clamp(min=0))
+
+    def values(self) -> list[int]:
+        """The index as numbers."""
+        assert self.index is not None
+        if _torch.is_compiling() or _torch.in_functorch():
+            raise AdapterError(
+                "how='sort' looks at the values of the index, which torch.compile and torch.func do not know. Use "
+                "how='gather' or 'masked' there, or leave how out."
+            )
+        if "values" not in self._cache:
+            self._cache["values"] = [int(i) for i in self.index.flatten().tolist()]  # pyright: ignore
+        values: list[int] = self._cache["values"]
+        return values
+
+    def sorted(self) -> tuple[Tensor | None, list[tuple[int, int, int]]]:
+        """The order that brings the rows of an adapter together (None: they are), and (adapter, start, end) of each."""
+        if "runs" not in self._cache:
+            values = self.values()
+            order = sorted(range(len(values)), key=values.__getitem__)
+            runs: list[tuple[int, int, int]] = []
+            for place, row in enumerate(order):
+                if runs and runs[-1][0] == values[row]:
+                    runs[-1] = (*runs[-1][:2], place + 1)
+                else:
+                    runs.append((values[row], place, place + 1))
+            moved = order != list(range(len(order)))
+            assert self.index is not None
+            forth = torch.tensor(order, device=self.index.device)
+            self._cache["order"] = forth if moved else None
+            self._cache["back"] = torch.argsort(forth)
+            self._cache["runs"] = runs
+        return self._cache["order"], self._cache["runs"]
+
+    # -- dropout ----------------------------------------------------------------------------------------
+
+    def mask(self, level: Level, layer: Layer, x: Tensor) -> Tensor | None:
+        """The dropout of one call of a site, drawn for each adapter by itself.
+
+        Args:
+            level: the adapters.
+            layer: the layer.
+            x: its input.
+
+        Returns:
+            Zeros and 1 / (1 - rate), in the form of `x` in groups; None if nothing is dropped.
+        """
+        if not layer.training or layer.site.kind == "embedding":
+            return None
+        rates = [level.method.dropout(config) for config in self.configs]
+        if not any(rates):
+            return None
+        count, by_token = self.groups(x, layer.site)
+        view = _fold(x, count, by_token)
+        rate = torch.tensor(rates, dtype=x.dtype, device=x.device)
+        if self.index is not None:
+            rate = rate.index_select(0, self.chosen())
+        rate = rate.view(-1, *(1,) * (view.ndim - 1))
+        if self.seeds is None or self.index is not None:
+            drawn = torch.rand(view.shape, device=x.device)
+        else:
+            drawn = torch.stack([_drawn(seed, layer.site.path, view.shape[1:], x.device) for seed in self.seeds])
+        return (drawn >= rate) / (1 - rate)
+
+    def mask_alone(self, level: Level, layer: Layer, x: Tensor) -> Tensor | None:
+        """The same for the adapter that acts alone, if its dropout has a seed; otherwise torch draws as usual."""
+        assert self.current is not None
+        rate = level.method.dropout(self.configs[self.current])
+        if self.seeds is None or not rate or not layer.training or layer.site.kind == "embedding":
+            return None
+        drawn = _drawn(self.seeds[self.current], layer.site.path, x.shape, x.device)
+        return ((drawn >= rate) / (1 - rate)).to(x.dtype)
+
+
+def _drawn(seed: int, path: str, shape: Sequence[int], device: torch.device) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(shape, generator=generator).to(device)
+
+
+def _fold(t: Tensor, count: int, by_token: bool) -> Tensor:
+    """(rows, ...) as (groups, rows of each, ...)."""
+    if by_token:
+        return t.flatten(0, 1).unsqueeze(1)
+    return t.reshape(count, t.shape[0] // count if count else 0, *t.shape[1:])
+
+
+def _masked_layer(layer: Layer, mask: Tensor | None) -> Layer:
+    at = Layer(layer.site, layer.module, layer.config, layer.below)
+    at.mask = mask
+    return at
+
+
+def _batched(hook: Hook, level: Level, layer: Layer, p: Leaf, mask: Tensor | None, views: Sequence[Tensor]) -> Tensor:
+    """A hook with an adapter axis on the leaves and on everything else."""
+    method = level.method
+    if method.grouped is not None and hook is method.after:
+        out: Any = method.grouped(_masked_layer(layer, mask), p, *views)
+        if out is not NotImplemented:
+            return out
+
+    def one(p: Leaf, mask: Tensor | None, *tensors: Tensor) -> Tensor:
+        return hook(_masked_layer(layer, mask), p, *tensors)
+
+    axes = (dict.fromkeys(p, 0), None if mask is None else 0, *(0 for _ in views))
+    return torch.func.vmap(one, in_dims=axes, randomness="different")(dict(p), mask, *views)
