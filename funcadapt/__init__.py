@@ -6,6 +6,7 @@ An adapter is an immutable pytree of named tensors; a model is called with it an
 from importlib.metadata import version
 
 from funcadapt import methods as methods
+from funcadapt import per_sample as per_sample
 from funcadapt.adapter import Adapter as Adapter
 from funcadapt.call import applied as applied
 from funcadapt.call import functional_call as functional_call

@@ -84,8 +84,12 @@ class Layer:
         """
         kind, module = self.site.kind, self.module
         if kind == "embedding":
-            # padding_idx and scale_grad_by_freq only matter to gradients, and must be the same there.
-            y = F.embedding(x, weight.t(), module.padding_idx, None, 2.0, module.scale_grad_by_freq)  # pyright: ignore
+            # padding_idx and scale_grad_by_freq only matter to gradients, and must be the same there. vmap over the
+            # weight loses torch's own padding_idx, without a word.
+            y = F.embedding(x, weight.t(), None, None, 2.0, module.scale_grad_by_freq)  # pyright: ignore
+            padding: Any = module.padding_idx
+            if padding is not None:
+                y = torch.where(torch.eq(x, padding).unsqueeze(-1), y.detach(), y)
             scale: Any = getattr(module, "embed_scale", None)  # Gemma and friends scale what they look up
             return y if scale is None else y * scale
         if kind not in _CONV:

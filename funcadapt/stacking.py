@@ -160,6 +160,21 @@ def select(stacked: Adapter, index: int | slice | Sequence[int] | Tensor) -> Ada
     return smaller.replace(config=config, members=Members(configs, FrozenDict(ranks), members.ndim))
 
 
+def repeat(adapter: Adapter, n: int) -> Adapter:
+    """A stack of n times the same adapter, without a copy: its adapter axis has stride 0.
+
+    Args:
+        adapter: a single adapter.
+        n: how many.
+
+    Returns:
+        The stack.
+    """
+    ndim = FrozenDict({path: next(iter(leaves.values())).ndim for path, leaves in adapter.params.items()})
+    stacked = adapter.map(lambda leaf: leaf.expand(n, *leaf.shape))
+    return stacked.replace(members=Members((adapter.config,) * n, FrozenDict(), ndim))
+
+
 def size(stacked: Adapter) -> int:
     """How many adapters a stack has.
 

@@ -307,10 +307,11 @@ def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:
     if config.lora_dropout:
         x = dropout(layer, x, config.lora_dropout)
     n = x.shape[0]
-    h = torch.bmm(x.reshape(n, -1, x.shape[-1]), a.transpose(1, 2)) * p["scaling"].view(n, 1, 1)
+    # h (N, r, tokens): in this order the gradients of A and of a column-major B come out as the leaves are stored
+    h = torch.bmm(a, x.reshape(n, -1, x.shape[-1]).transpose(1, 2)) * p["scaling"].view(n, 1, 1)
     if h.dtype != y.dtype:  # autocast
         return NotImplemented
-    return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), h, b.transpose(1, 2)).view(y.shape)
+    return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), h.transpose(1, 2), b.transpose(1, 2)).view(y.shape)
 
 
 def masked(layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Any:
