@@ -212,6 +212,7 @@ def bind(model: nn.Module, entries: Sequence[tuple[str, Entry, Weight]], state: 
             adapter, rows = entry, None
         else:
             adapter, rows = entry.stack, entry.rows()
+            rows.compiling = state is None
             bound.rows.append(rows)
         method = method_of(adapter.config)
         params, buffers = adapter.params, adapter.buffers

@@ -89,15 +89,18 @@ class Hooked:
             if one is None:
                 return self.base(x, *args, **kwargs)
             alone = Layer(layer.site, layer.module, one.config, layer.below)
-            alone.mask = rows.mask_alone(level, layer, x)
+            if layer.module.training:
+                alone.mask = rows.mask_alone(level, layer, x)
             return Hooked(self.base, one, alone)(x, *args, **kwargs)
-        x = rows.widened(x, layer.site)
-        mask = rows.mask(level, layer, x)
-
-        def run(hook: Callable[..., Tensor], level: Level, layer: Layer, *tensors: Tensor) -> Tensor:
-            return rows.run(hook, level, layer, mask, *tensors)
-
-        return self._weighted(x, args, kwargs, run)
+        x = rows.all_rows(x, layer.site)
+        if layer.module.training and (mask := rows.mask(level, layer, x)) is not None:
+            layer = Layer(layer.site, layer.module, layer.config, layer.below)
+            layer.mask = mask
+        method, run = level.method, rows.run
+        if level.w is not None:
+            return Hooked(self.base, level, layer)._weighted(x, args, kwargs, run)
+        y = self.base(x if method.before is None else run(method.before, level, layer, x), *args, **kwargs)
+        return y if method.after is None else run(method.after, level, layer, x, y)
 
     def dense(self) -> Dense:
         """The dense form of this level and everything below.
@@ -149,8 +152,7 @@ def blend(without: Tensor, with_: Tensor, w: Weight, site: Site) -> Tensor:
                 "that flattens rows and tokens can only take a scalar."
             )
         w = w.reshape(*w.shape, *(1,) * (without.ndim - w.ndim))
-    if w is None:
-        return with_
+    assert w is not None
     return (without + w * (with_ - without)).to(without.dtype)
 
 

@@ -85,7 +85,7 @@ class MaskedFn(Protocol):
     """`masked`: the output of the base layer -> the output of rows that choose among N adapters."""
 
     def __call__(self, layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Tensor:
-        """Return the new output. `choice` is (rows, N)."""
+        """Return the new output. `choice` is (groups, N)."""
         ...
 
 
@@ -143,11 +143,11 @@ class Method:
             adapters of different ranks: a padded adapter acts exactly as it did. None if that cannot be.
         neutral: leaves of the shapes of given ones that change nothing, for stacking adapters on different sites. None
             if the leaves alone cannot say that.
-        grouped: a faster `after` for N adapters at once: every leaf, `x` and `y` have a leading axis N. It may return
-            NotImplemented, and must equal `torch.func.vmap` of `after`.
-        masked: `after` for rows that each choose among N adapters, in one product over all of them: `x` (rows, in), `y`
-            (rows, out), leaves (N, ...), `choice` (rows, N) of x's dtype with at most one 1 a row, no choice being the
-            bare layer. May return NotImplemented.
+        grouped: a faster `after` for N adapters at once: leaves (N, ...), and the rows of `x` and `y` in N equal
+            consecutive groups. It may return NotImplemented, and must equal `torch.func.vmap` of `after`.
+        masked: `after` for groups of rows that each choose among N adapters, in one product over all of them: leaves
+            (N, ...), `choice` (groups, N) of x's dtype with at most one 1 for a group, none being the bare layer. May
+            return NotImplemented.
         constant_in_gradient: leaves whose gradient leaves out a term by the method's design (DoRA's norm).
     """
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt import _torch
@@ -67,10 +68,24 @@ class Rows:
         configs: the config of each adapter.
         seeds: of each adapter's dropout, or None for torch's global generator.
         total: how many rows the model's own inputs have, once it runs.
+        compiling: whether dynamo is tracing.
         current: the adapter that acts alone while a module is run adapter by adapter, else None.
     """
 
-    __slots__ = ("_cache", "configs", "current", "expand", "how", "index", "may_skip", "n", "seeds", "total")
+    __slots__ = (
+        "_cache",
+        "_forms",
+        "compiling",
+        "configs",
+        "current",
+        "expand",
+        "how",
+        "index",
+        "may_skip",
+        "n",
+        "seeds",
+        "total",
+    )
 
     def __init__(
         self,
@@ -86,8 +101,10 @@ class Rows:
         self.n, self.configs, self.index, self.how, self.may_skip = n, configs, index, how, may_skip
         self.seeds, self.expand = seeds, expand
         self.total: int | None = None
+        self.compiling = False
         self.current: int | None = None
-        self._cache: dict[str, Any] = {}
+        self._cache: dict[Any, Any] = {}
+        self._forms: dict[tuple[torch.Size, str], tuple[int, bool]] = {}
 
     # -- one adapter alone ------------------------------------------------------------------------------
 
@@ -100,31 +117,46 @@ class Rows:
 
     # -- all of them ------------------------------------------------------------------------------------
 
-    def widened(self, x: Tensor, site: Site) -> Tensor:
-        """The input with all rows: one that all rows share, such as positions, is repeated; its form is checked."""
-        least = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "embedding": 1}.get(site.kind, 2)
-        if x.ndim < least:
-            raise AdapterError(
-                f"{site.path!r} got an input of shape {tuple(x.shape)}, which has no axis of rows. Grouped and routed "
-                "adapters need batched inputs."
-            )
-        if x.shape[0] == 1 and self.total is not None and self.total > 1:
-            x = x.expand(self.total, *x.shape[1:])
-        if self.total and x.shape[0] % self.total:
-            raise AdapterError(
-                f"{site.path!r} got an input of shape {tuple(x.shape)}, but the model's inputs have {self.total} rows, "
-                "so it is unknown which adapter each row of it belongs to. Grouped and routed adapters need the rows "
-                "on the first axis of every adapted layer. Exclude this layer (exclude_modules)."
-            )
+    def all_rows(self, x: Tensor, site: Site) -> Tensor:
+        """The input with all rows: one that all rows share, such as positions, is repeated. Its form is checked."""
+        total = self.total
+        if total is not None and total > 1 and x.ndim and x.shape[0] == 1:
+            x = x.expand(total, *x.shape[1:])
+        self._form_of(x, site)
         return x
 
-    def groups(self, x: Tensor, site: Site) -> tuple[int, bool]:
+    def begin(self, total: int | None) -> None:
+        """The model runs, on so many rows."""
+        if total != self.total:
+            self.total = total
+            self._forms.clear()
+
+    def _form_of(self, x: Tensor, site: Site) -> tuple[int, bool]:
+        if self.compiling:  # sizes may be symbols, which are no keys
+            return self._form(x, site)
+        key = x.shape, site.kind
+        form = self._forms.get(key)
+        if form is None:
+            form = self._forms[key] = self._form(x, site)
+        return form
+
+    def _form(self, x: Tensor, site: Site) -> tuple[int, bool]:
         """Into how many groups an input falls, and whether rows and tokens are two axes of it."""
+        least = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "embedding": 1}.get(site.kind, 2)
+        got = f"{site.path!r} got an input of shape {tuple(x.shape)}"
+        if x.ndim < least:
+            raise AdapterError(f"{got}, which has no axis of rows. Grouped and routed adapters need batched inputs.")
+        if self.total and x.shape[0] % self.total:
+            raise AdapterError(
+                f"{got}, but the model's inputs have {self.total} rows, so it is unknown which adapter each row of it "
+                "belongs to. Grouped and routed adapters need the rows on the first axis of every adapted layer. "
+                "Exclude this layer (exclude_modules)."
+            )
+        rows = x.shape[0]
         if self.index is None:
-            if x.shape[0] % self.n:
+            if rows % self.n:
                 raise AdapterError(
-                    f"{site.path!r} got {x.shape[0]} rows, which do not fall into {self.n} equal groups, one for each "
-                    "adapter of the stack."
+                    f"{got}: {rows} rows do not fall into {self.n} equal groups, one for each adapter of the stack."
                 )
             return self.n, False
         if self.index.ndim == 2:
@@ -132,87 +164,80 @@ class Rows:
                 if site.kind.startswith("conv"):
                     raise AdapterError(f"An index per token cannot act at the convolution {site.path!r}.")
                 return self.index.numel(), True
-            if x.shape[0] == self.index.numel():
-                return self.index.numel(), False
+            if rows == self.index.numel():
+                return rows, False
             raise AdapterError(
-                f"{site.path!r} got an input of shape {tuple(x.shape)}, but the index is for {self.index.shape[0]} "
-                f"rows of {self.index.shape[1]} tokens."
+                f"{got}, but the index is for {self.index.shape[0]} rows of {self.index.shape[1]} tokens."
             )
-        rows = self.index.shape[0]
-        if (x.shape[0] % rows) if rows else x.shape[0]:
+        entries = self.index.shape[0]
+        if (rows % entries) if entries else rows:
             raise AdapterError(
-                f"{site.path!r} got {x.shape[0]} rows, but the index has {rows} entries: expected as many rows, or a "
-                "multiple (beams, return sequences), where each entry is for consecutive rows."
+                f"{got}, but the index has {entries} entries: expected as many rows, or a multiple (beams, return "
+                "sequences), where each entry is for consecutive rows."
             )
-        return rows, False
+        return entries, False
 
-    def run(self, hook: Hook, level: Level, layer: Layer, mask: Tensor | None, *tensors: Tensor) -> Tensor:
+    def run(self, hook: Hook, level: Level, layer: Layer, *tensors: Tensor) -> Tensor:
         """A hook on all rows.
 
         Args:
             hook: the method's `before` or `after`.
             level: the adapters, leaves (N, ...).
-            layer: the layer.
-            mask: from `mask`.
-            *tensors: x, or x and y; as the layer gets and gives them.
+            layer: the layer; its mask, if any, is of the form of x.
+            *tensors: x, or x and y; as the layer gets and gives them, and as `all_rows` checked them.
 
         Returns:
             What the hook returns, rows in the same order.
+
+        Raises:
+            AdapterError: if the execution that was asked for is not to be had.
         """
         x = tensors[0]
-        count, by_token = self.groups(x, layer.site)
-        views = [_fold(t, count, by_token) for t in tensors]
+        count, by_token = self._form_of(x, layer.site)
         if self.index is None:
-            out = _batched(hook, level, layer, level.p, mask, views)
-        else:
-            out = self._routed(hook, level, layer, mask, views)
-        out = out.flatten(0, 1)
-        return _torch.unflatten(out, 0, x.shape[:2]) if by_token else out
-
-    def _routed(self, hook: Hook, level: Level, layer: Layer, mask: Tensor | None, views: list[Tensor]) -> Tensor:
-        count, size = views[0].shape[:2]
-        how, method = self.how, level.method
+            return _batched(hook, level, layer, level.p, count, by_token, tensors)
         if not count:
-            return views[-1]
-        masked = method.masked is not None and hook is method.after
+            return tensors[-1]
+        how, method = self.how, level.method
         if how is None:
+            masked = method.masked is not None and hook is method.after
             static = _torch.is_compiling() or _torch.in_functorch()
             numbers = sum(leaf.numel() for leaf in level.p.values()) // self.n
-            tokens = views[-1].numel() // max(1, views[-1].shape[-1] * count)
             width = layer.site.in_features + layer.site.out_features
-            how = choose(count, tokens if size else 0, self.n, numbers, width, masked=masked, static=static)
+            size = tensors[-1].numel() // (count * (layer.site.out_features if len(tensors) == 2 else x.shape[-1]) or 1)
+            how = choose(count, size, self.n, numbers, width, masked=masked, static=static)
         if how == "masked":
             if method.masked is None:
                 raise AdapterError(f"{method.name} has no masked form. Use how='gather' or 'sort'.")
             if hook is method.after:
-                out = self._masked(level, layer, mask, views)
-                if out is not NotImplemented:
-                    return out
+                result: Any = method.masked(layer, level.p, x, tensors[1], self._choice(x.dtype))
+                if result is not NotImplemented:
+                    return result
             how = "gather"
         if how == "sort":
-            return self._sorted(hook, level, layer, mask, views)
+            views = [_fold(t, count, by_token) for t in tensors]
+            out = self._sorted(hook, level, layer, _fold_mask(layer, count, by_token), views)
+            return _unfold(out, x, by_token)
         chosen = self.chosen()
         p = {name: leaf.index_select(0, chosen) for name, leaf in level.p.items()}
-        out = _batched(hook, level, layer, p, mask, views)
+        out = _batched(hook, level, layer, p, count, by_token, tensors)
         if not self.may_skip:
             return out
         valid = self._kept("valid", lambda index: index >= 0)
-        return torch.where(valid.view(-1, *(1,) * (out.ndim - 1)), out, views[-1])
+        each = out.shape[0] * (out.shape[1] if by_token else 1) // count
+        rows = valid if each == 1 else valid.repeat_interleave(each)
+        ones = (1,) * (out.ndim - 1 - by_token)
+        return torch.where(rows.view(*(out.shape[:2] if by_token else out.shape[:1]), *ones), out, tensors[-1])
 
-    def _masked(self, level: Level, layer: Layer, mask: Tensor | None, views: list[Tensor]) -> Any:
-        x, y = views
-        if layer.site.kind not in ("linear", "hf_conv1d"):
-            return NotImplemented
-        inner = x.shape[2:-1]
-        choice = self._kept("choice", lambda index: torch.nn.functional.one_hot(index + 1, self.n + 1)[:, 1:])
-        each = x.shape[1] * inner.numel()
-        per_token = choice.to(x.dtype).repeat_interleave(each, 0) if each != 1 else choice.to(x.dtype)
-        at = _masked_layer(layer, None if mask is None else mask.flatten(0, -2))
-        assert level.method.masked is not None
-        out: Any = level.method.masked(at, level.p, x.flatten(0, -2), y.flatten(0, -2), per_token)
-        return out if out is NotImplemented else out.view(y.shape)
+    def _choice(self, dtype: torch.dtype) -> Tensor:
+        """(groups, N): a 1 where a group has an adapter."""
+        if dtype not in self._cache:
+            index = self._kept("flat", lambda index: index)
+            self._cache[dtype] = F.one_hot(index + 1, self.n + 1)[:, 1:].to(dtype)
+        return self._cache[dtype]
 
     def _sorted(self, hook: Hook, level: Level, layer: Layer, mask: Tensor | None, views: list[Tensor]) -> Tensor:
+        """Rows brought together by adapter; views (groups, rows of each, ...)."""
         pieces: list[Tensor] = []
         order, runs = self.sorted()
         moved = [t if order is None else t.index_select(0, order) for t in views]
@@ -223,7 +248,7 @@ class Rows:
                 pieces.append(parts[-1])
                 continue
             p = {name: leaf[adapter] for name, leaf in level.p.items()}
-            at = _masked_layer(layer, None if masks is None else masks[start:end].flatten(0, 1))
+            at = layer if masks is None else with_mask(layer, masks[start:end].flatten(0, 1))
             out = hook(at, p, *(t.flatten(0, 1) for t in parts))
             pieces.append(_torch.unflatten(out, 0, parts[0].shape[:2]))
         out = torch.cat(pieces)
@@ -280,20 +305,20 @@ class Rows:
 
         Args:
             level: the adapters.
-            layer: the layer.
+            layer: the layer, in training mode.
             x: its input.
 
         Returns:
-            Zeros and 1 / (1 - rate), in the form of `x` in groups; None if nothing is dropped.
+            Zeros and 1 / (1 - rate), in the form of `x`; None if nothing is dropped.
         """
-        if not layer.training or layer.site.kind == "embedding":
+        if layer.site.kind == "embedding":
             return None
         rates = [level.method.dropout(config) for config in self.configs]
         if not any(rates):
             return None
-        count, by_token = self.groups(x, layer.site)
+        count, by_token = self._form_of(x, layer.site)
         view = _fold(x, count, by_token)
-        rate = torch.tensor(rates, dtype=x.dtype, device=x.device)
+        rate = torch.tensor(rates, dtype=torch.float32, device=x.device)
         if self.index is not None:
             rate = rate.index_select(0, self.chosen())
         rate = rate.view(-1, *(1,) * (view.ndim - 1))
@@ -301,13 +326,13 @@ class Rows:
             drawn = torch.rand(view.shape, device=x.device)
         else:
             drawn = torch.stack([_drawn(seed, layer.site.path, view.shape[1:], x.device) for seed in self.seeds])
-        return (drawn >= rate) / (1 - rate)
+        return ((drawn >= rate) / (1 - rate)).to(x.dtype).reshape(x.shape)
 
     def mask_alone(self, level: Level, layer: Layer, x: Tensor) -> Tensor | None:
         """The same for the adapter that acts alone, if its dropout has a seed; otherwise torch draws as usual."""
         assert self.current is not None
         rate = level.method.dropout(self.configs[self.current])
-        if self.seeds is None or not rate or not layer.training or layer.site.kind == "embedding":
+        if self.seeds is None or not rate or layer.site.kind == "embedding":
             return None
         drawn = _drawn(self.seeds[self.current], layer.site.path, x.shape, x.device)
         return ((drawn >= rate) / (1 - rate)).to(x.dtype)
@@ -326,22 +351,37 @@ def _fold(t: Tensor, count: int, by_token: bool) -> Tensor:
     return t.reshape(count, t.shape[0] // count if count else 0, *t.shape[1:])
 
 
-def _masked_layer(layer: Layer, mask: Tensor | None) -> Layer:
+def _unfold(out: Tensor, x: Tensor, by_token: bool) -> Tensor:
+    out = out.flatten(0, 1)
+    return _torch.unflatten(out, 0, x.shape[:2]) if by_token else out
+
+
+def _fold_mask(layer: Layer, count: int, by_token: bool) -> Tensor | None:
+    return None if layer.mask is None else _fold(layer.mask, count, by_token)
+
+
+def with_mask(layer: Layer, mask: Tensor | None) -> Layer:
+    """The layer with the dropout of this call."""
     at = Layer(layer.site, layer.module, layer.config, layer.below)
     at.mask = mask
     return at
 
 
-def _batched(hook: Hook, level: Level, layer: Layer, p: Leaf, mask: Tensor | None, views: Sequence[Tensor]) -> Tensor:
-    """A hook with an adapter axis on the leaves and on everything else."""
+def _batched(
+    hook: Hook, level: Level, layer: Layer, p: Leaf, count: int, by_token: bool, tensors: Sequence[Tensor]
+) -> Tensor:
+    """A hook with an adapter axis on the leaves, and rows in as many equal groups as that is long."""
     method = level.method
     if method.grouped is not None and hook is method.after:
-        out: Any = method.grouped(_masked_layer(layer, mask), p, *views)
+        out: Any = method.grouped(layer, p, *tensors)
         if out is not NotImplemented:
             return out
 
     def one(p: Leaf, mask: Tensor | None, *tensors: Tensor) -> Tensor:
-        return hook(_masked_layer(layer, mask), p, *tensors)
+        return hook(layer if mask is None else with_mask(layer, mask), p, *tensors)
 
+    mask = _fold_mask(layer, count, by_token)
+    views = [_fold(t, count, by_token) for t in tensors]
     axes = (dict.fromkeys(p, 0), None if mask is None else 0, *(0 for _ in views))
-    return torch.func.vmap(one, in_dims=axes, randomness="different")(dict(p), mask, *views)
+    out = torch.func.vmap(one, in_dims=axes, randomness="different")(dict(p), mask, *views)
+    return _unfold(out, tensors[0], by_token)

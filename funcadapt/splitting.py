@@ -243,5 +243,5 @@ class Root:
             args, kwargs = pytree.tree_map(repeat, (args, kwargs))
             count *= n
         for rows in self.rows:
-            rows.total = count
+            rows.begin(count)
         return self.base(*args, **kwargs)

@@ -286,61 +286,63 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     return out if out.dtype == y.dtype else out.to(y.dtype)
 
 
+def _batchable(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> bool:
+    """Whether the layer is a plain product in one dtype, for the hand-written forms below."""
+    a = p.get("lora_A")
+    if a is None or "lora_B_bias" in p or layer.site.kind not in _PRODUCTS:
+        return False
+    return a.dtype == x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
 def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:
     """`after` for N adapters at once: two batched products, no temporary of the output's size.
 
     Args:
         layer: the layer.
         p: the leaves, `lora_A` (N, r, in), `lora_B` (N, out, r), `scaling` (N).
-        x: (N, ..., in).
-        y: (N, ..., out).
+        x: (N * rows, ..., in).
+        y: (N * rows, ..., out).
 
     Returns:
-        (N, ..., out); NotImplemented where the layer is no plain product, or the dtypes differ.
+        Of y's shape; NotImplemented where the layer is no plain product, or the dtypes differ.
     """
+    if not _batchable(layer, p, x, y):
+        return NotImplemented
     config: Any = layer.config
-    a, b = p.get("lora_A"), p.get("lora_B")
-    if a is None or b is None or layer.site.kind not in _PRODUCTS or "lora_B_bias" in p:
-        return NotImplemented
-    if a.dtype != x.dtype or y.dtype != x.dtype:
-        return NotImplemented
     if config.lora_dropout:
         x = dropout(layer, x, config.lora_dropout)
-    n = x.shape[0]
+    a, b = p["lora_A"], p["lora_B"]
+    n = a.shape[0]
+    tokens = x.numel() // (n * x.shape[-1]) if x.shape[-1] else 0
     # h (N, r, tokens): in this order the gradients of A and of a column-major B come out as the leaves are stored
-    h = torch.bmm(a, x.reshape(n, -1, x.shape[-1]).transpose(1, 2)) * p["scaling"].view(n, 1, 1)
-    if h.dtype != y.dtype:  # autocast
-        return NotImplemented
-    return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), h.transpose(1, 2), b.transpose(1, 2)).view(y.shape)
+    h = torch.bmm(a, x.reshape(n, tokens, -1).transpose(1, 2)) * p["scaling"].view(n, 1, 1)
+    return torch.baddbmm(y.reshape(n, tokens, -1), h.transpose(1, 2), b.transpose(1, 2)).view(y.shape)
 
 
 def masked(layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Any:
-    """`after` for rows that choose among N adapters: one product with all of them, the others' r-wide part masked.
+    """`after` for groups of rows that choose among N adapters: one product with all of them, all but one masked.
 
     Args:
         layer: the layer.
         p: the leaves, as in `grouped`.
-        x: (rows, in).
-        y: (rows, out).
-        choice: (rows, N), at most one 1 a row.
+        x: (groups * rows, ..., in).
+        y: (groups * rows, ..., out).
+        choice: (groups, N), at most one 1 in each.
 
     Returns:
-        (rows, out); NotImplemented as in `grouped`.
+        Of y's shape; NotImplemented as in `grouped`.
     """
+    if not _batchable(layer, p, x, y):
+        return NotImplemented
     config: Any = layer.config
-    a, b = p.get("lora_A"), p.get("lora_B")
-    if a is None or b is None or layer.site.kind not in _PRODUCTS or "lora_B_bias" in p:
-        return NotImplemented
-    if a.dtype != x.dtype or y.dtype != x.dtype:
-        return NotImplemented
     if config.lora_dropout:
         x = dropout(layer, x, config.lora_dropout)
+    a, b = p["lora_A"], p["lora_B"]
     n, r = a.shape[:2]
-    h = torch.mm(x, a.reshape(n * r, -1).t())
-    if h.dtype != y.dtype:  # autocast
-        return NotImplemented
-    h = h.view(-1, n, r) * (choice * p["scaling"]).unsqueeze(-1)
-    return torch.addmm(y, h.view(-1, n * r), b.transpose(1, 2).reshape(n * r, -1))
+    h = torch.mm(x.reshape(-1, x.shape[-1]), a.reshape(n * r, -1).t())
+    h = h.view(choice.shape[0], -1, n, r) * (choice * p["scaling"]).view(-1, 1, n, 1)
+    out = torch.addmm(y.reshape(-1, y.shape[-1]), h.view(-1, n * r), b.transpose(1, 2).reshape(n * r, -1))
+    return out.view(y.shape)
 
 
 def delta_weight(layer: Layer, p: Leaf) -> Tensor:
