@@ -6,8 +6,11 @@ An adapter is an immutable pytree of named tensors; a model is called with it an
 from importlib.metadata import version
 
 from funcadapt import methods as methods
+from funcadapt import optim as optim
 from funcadapt import per_sample as per_sample
+from funcadapt import sweep as sweep
 from funcadapt.adapter import Adapter as Adapter
+from funcadapt.bank import AdapterBank as AdapterBank
 from funcadapt.call import applied as applied
 from funcadapt.call import functional_call as functional_call
 from funcadapt.call import math_attention as math_attention

@@ -24,6 +24,9 @@ add_safe_globals: Callable[[list[Any]], None] = torch.serialization.add_safe_glo
 linalg: Any = torch.linalg
 fork_rng: Any = torch.random.fork_rng  # pyright: ignore
 
+# Every nested argument and output of a model, Hugging Face's output classes too; optree does not know those.
+pytree: Any = _pytree
+
 # torch has no public way to register a node with key paths and a serialisable context.
 register_pytree_node: Callable[..., None] = _pytree.register_pytree_node
 GetAttrKey: Callable[[str], Any] = _pytree.GetAttrKey

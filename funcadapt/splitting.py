@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from funcadapt import _torch
+from funcadapt._torch import pytree
 from funcadapt.errors import AdapterError
 from funcadapt.rows import Rows
 from funcadapt.swapping import Swaps
@@ -232,7 +232,7 @@ class Root:
         """The model's own outputs."""
         first = leading(args, kwargs)
         count = None if first is None else first.shape[0]
-        n = max((rows.n for rows in self.rows if rows.expand), default=0)
+        n = max([0, *(rows.n for rows in self.rows if rows.expand)])
         if n and count is not None:
 
             def repeat(value: Any) -> Any:

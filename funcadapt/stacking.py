@@ -324,7 +324,7 @@ def _member(stacked: Adapter, i: int) -> Adapter:
         rank = members.ranks[path][i] if path in members.ranks else None
         if rank == 0:
             continue
-        if rank is not None and method.with_rank is not None and rank < max(members.ranks[path]):
+        if rank is not None and method.with_rank is not None and rank < config.rank(whole):
             whole = {**whole, **method.with_rank(whole, rank)}
         for tree, like in zip(trees, (stacked.params, stacked.buffers), strict=True):
             if path in like:
