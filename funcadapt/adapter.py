@@ -28,21 +28,22 @@ class Members:
 
     Attributes:
         configs: their configs.
-        ranks: path -> rank of each at that site, where they differ; 0 for one that is not there.
-        ndim: path -> number of axes that the first leaf there has in one adapter: inside `vmap` it has them, in the
-            stack one more.
+        ranks: path -> the rank to which the leaves there are padded, and the rank of each adapter, where they differ; 0
+            for an adapter that is not there.
+        ndim: path -> number of axes that the first param and the first buffer there have in one adapter, -1 for none:
+            inside `vmap` they have them, in the stack one more.
     """
 
     configs: tuple[AdapterConfig, ...]
-    ranks: Mapping[str, tuple[int, ...]]
-    ndim: Mapping[str, int]
+    ranks: Mapping[str, tuple[int, tuple[int, ...]]]
+    ndim: Mapping[str, tuple[int, int]]
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
         return {
             "configs": [config.to_dict() for config in self.configs],
-            "ranks": {path: list(ranks) for path, ranks in self.ranks.items()},
-            "ndim": dict(self.ndim),
+            "ranks": {path: [padded, list(ranks)] for path, (padded, ranks) in self.ranks.items()},
+            "ndim": {path: list(ndim) for path, ndim in self.ndim.items()},
         }
 
     @classmethod

@@ -16,7 +16,7 @@ from funcadapt.compose import Weight
 from funcadapt.engine import Installation
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.many import Grouped, Routed
-from funcadapt.recompute import calling
+from funcadapt.recompute import as_it_was, calling
 from funcadapt.stacking import is_single
 
 Adapters = Entry | Mapping[str, Entry]
@@ -111,17 +111,27 @@ def _in_place(
     """Adapters in place, under the model's lock; errors explained, bypasses noticed."""
     state = state_of(model)
     with state.lock:
-        installed = Installation(model, entries, parameters, state)
-        try:
-            installed.enter()
-            with calling(state):
-                yield
-        except Exception as error:
-            installed.exit()
-            _explain(error, installed.bound)
-            raise
-        finally:
-            installed.exit()
+        outer: list[Installation] = list(state.active)
+        together = outer and (
+            any(o.bound.rows for o in outer) or any(not isinstance(e, Adapter) for _, e, _ in entries)
+        )
+        if together:  # many adapters do not nest by nesting calls: all act as one
+            entries = [entry for o in outer for entry in o.entries] + entries
+            parameters = {k: v for p in (*(o.parameters for o in outer), parameters) for k, v in (p or {}).items()}
+        with as_it_was(state, ()) if together else contextlib.nullcontext():
+            installed = Installation(model, entries, parameters, state)
+            try:
+                installed.enter()
+                with calling(state):
+                    yield
+            except Exception as error:
+                installed.exit()
+                _explain(error, installed.bound)
+                raise
+            finally:
+                installed.exit()
+        for o in outer if together else ():
+            o.ran.update(installed.ran.intersection(o.hooked))
     installed.check_ran(strict, stacklevel)
 
 

@@ -48,6 +48,7 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         AdapterFileError: if `directory` is a file.
         SiteError: if a leaf has no name in a checkpoint.
         AdapterError: if it is a stack.
+        TypeError: if it is no adapter.
 
     Example:
         >>> import torch
@@ -60,6 +61,8 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         >>> fa.load(folder)
         Adapter(lora, 1 site, r=2, 12 parameters, float32)
     """
+    if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"save: expected an Adapter, got {type(adapter).__name__}. fa.unstack gives those of a stack.")
     if adapter.members is not None:
         raise AdapterError("save: a stack has no checkpoint of its own. Save each: for a in fa.unstack(stack): ...")
     folder = Path(directory)
@@ -153,7 +156,7 @@ def load(
     tensors, metadata = _read_tensors(folder)
     method = method_of(config)
     try:
-        order, known = _names(metadata, "target_parameters"), _names(metadata, "buffers")
+        order, known = names_in(metadata, "target_parameters"), names_in(metadata, "buffers")
         params, buffers = decode(tensors, config, method, order, model, known or ())
         plain = method.buffers(config)
         for path, leaves in params.items():
@@ -244,7 +247,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterFileError(f"{path} is truncated or malformed: {error}") from error
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -260,7 +263,7 @@ _DTYPES = {
 
 def _view(content: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
     """One tensor, as a view of the file's bytes: `safe_open.get_tensor` takes ten times as long for small ones."""
-    dtype = _DTYPES.get(entry["dtype"])
+    dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
         raise TypeError(f"dtype {entry['dtype']} is none that an adapter has")
     shape = entry["shape"]
@@ -270,7 +273,7 @@ def _view(content: bytearray, start: int, entry: Mapping[str, Any]) -> Tensor:
     return torch.frombuffer(content, dtype=dtype, count=count, offset=start + entry["data_offsets"][0]).view(shape)
 
 
-def _names(metadata: Mapping[str, str], key: str) -> list[str] | None:
+def names_in(metadata: Mapping[str, str], key: str) -> list[str] | None:
     """A list of names that funcadapt wrote into the header, or None if it is not there."""
     if key not in metadata:
         return None

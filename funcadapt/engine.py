@@ -97,7 +97,7 @@ class Installation:
         parameters: Mapping[str, Tensor] | None,
         state: ModelState | None,
     ) -> None:
-        self.model, self.state = model, state
+        self.model, self.state, self.entries, self.parameters = model, state, entries, parameters
         self.bound = bind(model, entries, state)
         self.forwards: dict[int, tuple[nn.Module, Forward]] = {}
         self.swaps = Swaps()
@@ -185,14 +185,11 @@ class Installation:
 
     def _split(self, owner: Owner) -> None:
         """Run a module adapter by adapter."""
-        entries, made = self.bound.rows, dict[tuple[bool, Assignment], Swaps]()
+        entries = self.bound.rows
 
         def weights(assignment: Assignment) -> Swaps:
-            key = torch.is_grad_enabled(), assignment
-            if key not in made:
-                adapters = dict(zip(map(id, entries), assignment, strict=True))
-                made[key] = self._weights(owner, adapters)
-            return made[key]
+            # made anew every time: a recomputation must save the same tensors as the first run did
+            return self._weights(owner, dict(zip(map(id, entries), assignment, strict=True)))
 
         sites = [place.path for place, _ in owner.weights]
         if self.state is not None:
@@ -290,6 +287,15 @@ class Installation:
             else:
                 slot["forward"] = forward
         self.swaps.exit()
+
+    def mark(self) -> list[Any]:
+        """Where the call stands, for a part of it that is run again in the backward pass."""
+        return [rows.mark() for rows in self.bound.rows]
+
+    def restore(self, marks: Sequence[Any]) -> None:
+        """Stand there again."""
+        for rows, mark in zip(self.bound.rows, marks, strict=True):
+            rows.restore(mark)
 
     # -- checks -----------------------------------------------------------------------------------------
 

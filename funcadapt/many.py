@@ -13,6 +13,7 @@ from torch import Tensor
 from funcadapt import _torch
 from funcadapt.adapter import Adapter
 from funcadapt.errors import AdapterError
+from funcadapt.method import method_of
 from funcadapt.rows import HOW, Rows
 from funcadapt.stacking import size
 
@@ -58,7 +59,9 @@ class Routed:
         """Which row belongs to which adapter, for one call."""
         members = self.stack.members
         assert members is not None
-        return Rows(len(members.configs), members.configs, index=self.index, how=self.how, may_skip=self.may_skip)
+        # one graph for any index: what is known of its values must not reach a compiled function
+        may_skip = _torch.is_compiling() or self.may_skip
+        return Rows(len(members.configs), members.configs, index=self.index, how=self.how, may_skip=may_skip)
 
 
 def grouped(stack: Adapter, *, seeds: Sequence[int] | None = None, expand: bool = False) -> Grouped:
@@ -146,6 +149,8 @@ def routed(stack: Adapter, index: Tensor | Sequence[int], *, how: str | None = N
     n = size(stack)
     if how is not None and how not in HOW:
         raise AdapterError(f"routed: how must be one of {', '.join(map(repr, HOW))} or None, got {how!r}.")
+    if how == "masked" and method_of(stack.config).masked is None:
+        raise AdapterError(f"routed: {method_of(stack.config).name} has no masked form. Use how='gather' or 'sort'.")
     device = next(stack.tensors()).device
     if not isinstance(index, Tensor):
         if any(not isinstance(i, int) for i in index):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -172,7 +177,7 @@ def _grouped_children(value: Grouped) -> tuple[list[Any], tuple[Any, ...]]:
 
 def _grouped_from(children: Any, context: Any) -> Grouped:
     seeds, expand = context
-    return Grouped(children[0], None if seeds is None else tuple(seeds), expand)
+    return Grouped(children[0], seeds, expand)
 
 
 def _routed_children(value: Routed) -> tuple[list[Any], tuple[Any, ...]]:
@@ -181,6 +186,11 @@ def _routed_children(value: Routed) -> tuple[list[Any], tuple[Any, ...]]:
 
 def _routed_from(children: Any, context: Any) -> Routed:
     return Routed(children[0], children[1], context[0])  # the index may be another one now, so it may hold -1
+
+
+def _tuples(value: Any) -> Any:
+    """What JSON made lists of."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value  # pyright: ignore
 
 
 def _register(cls: type[Any], names: Sequence[str], flatten: Callable[..., Any], unflatten: Callable[..., Any]) -> None:
@@ -201,7 +211,7 @@ def _register(cls: type[Any], names: Sequence[str], flatten: Callable[..., Any],
         unflatten,
         serialized_type_name=f"funcadapt.{cls.__name__}",
         to_dumpable_context=list,
-        from_dumpable_context=tuple,
+        from_dumpable_context=_tuples,
         flatten_with_keys_fn=flatten_with_keys,
     )
     registry: Any = optree  # its types want a Collection

@@ -139,8 +139,8 @@ class Method:
         residual: for an init that takes a part out of the base weight (PiSSA): the corrected weight. None otherwise.
         reads: the config fields that the hooks read (dropout left out), which must agree among stacked adapters; None
             for all but the patterned ones.
-        with_rank: the leaves of one site padded with zeros to a larger rank, or cut to a smaller one, for stacking
-            adapters of different ranks: a padded adapter acts exactly as it did. None if that cannot be.
+        with_rank: (leaves of one site, their rank, another one) -> the leaves padded with zeros to a larger rank, or
+            cut to a smaller one, for stacking: a padded adapter acts exactly as it did. None if that cannot be.
         neutral: leaves of the shapes of given ones that change nothing, for stacking adapters on different sites. None
             if the leaves alone cannot say that.
         grouped: a faster `after` for N adapters at once: leaves (N, ...), and the rows of `x` and `y` in N equal
@@ -169,7 +169,7 @@ class Method:
     dropout: Callable[[Any], float] = lambda config: 0.0
     residual: Callable[[Any, Leaf, Tensor], Tensor | None] = lambda config, p, weight: None
     reads: frozenset[str] | None = None
-    with_rank: Callable[[Leaf, int], Leaf] | None = None
+    with_rank: Callable[[Leaf, int, int], Leaf] | None = None
     neutral: Callable[[Leaf], Leaf] | None = None
     grouped: AfterFn | None = None
     masked: MaskedFn | None = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator
-from typing import Protocol
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol
 
 from funcadapt.binding import ModelState
 
@@ -21,6 +21,14 @@ class Installable(Protocol):
 
     def exit(self) -> None:
         """Take it away."""
+        ...
+
+    def mark(self) -> Any:
+        """Where the call stands."""
+        ...
+
+    def restore(self, marks: Any) -> None:
+        """Stand there again."""
         ...
 
 
@@ -68,14 +76,17 @@ def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], conte
     if not states:
         return contextlib.nullcontext(), contextlib.nullcontext()
     state = states[-1]
-    return contextlib.nullcontext(), as_it_was(state, tuple(state.active))
+    return contextlib.nullcontext(), as_it_was(state, tuple(state.active), [i.mark() for i in state.active])
 
 
 @contextlib.contextmanager
-def as_it_was(state: ModelState, then: tuple[Installable, ...]) -> Generator[None, None, None]:
-    """The installations that were active when a checkpoint ran forward, and no others."""
+def as_it_was(
+    state: ModelState, then: tuple[Installable, ...], marks: Sequence[Any] | None = None
+) -> Generator[None, None, None]:
+    """The installations that were active when a checkpoint ran forward, and no others, where they stood then."""
     if tuple(state.active) == then:
-        yield
+        with _standing(then, marks):
+            yield
         return
     if not state.lock.acquire(timeout=60):
         raise RuntimeError(
@@ -89,7 +100,7 @@ def as_it_was(state: ModelState, then: tuple[Installable, ...]) -> Generator[Non
         for installed in then:
             installed.enter()
         try:
-            with calling(state):
+            with calling(state), _standing(then, marks):
                 yield
         finally:
             for installed in reversed(then):
@@ -98,3 +109,18 @@ def as_it_was(state: ModelState, then: tuple[Installable, ...]) -> Generator[Non
                 installed.enter()
     finally:
         state.lock.release()
+
+
+@contextlib.contextmanager
+def _standing(then: Sequence[Installable], marks: Sequence[Any] | None) -> Generator[None, None, None]:
+    if marks is None:
+        yield
+        return
+    now = [installed.mark() for installed in then]
+    for installed, mark in zip(then, marks, strict=True):
+        installed.restore(mark)
+    try:
+        yield
+    finally:
+        for installed, mark in zip(then, now, strict=True):
+            installed.restore(mark)

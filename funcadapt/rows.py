@@ -6,7 +6,6 @@ pure function, or a hand-written batched form where the method has one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt import _torch
+from funcadapt.drawing import uniform
 from funcadapt.errors import AdapterError
 from funcadapt.layer import Layer
 from funcadapt.method import Leaf
@@ -75,6 +75,7 @@ class Rows:
     __slots__ = (
         "_cache",
         "_forms",
+        "_ids",
         "compiling",
         "configs",
         "current",
@@ -102,6 +103,7 @@ class Rows:
         self.seeds, self.expand = seeds, expand
         self.total: int | None = None
         self.compiling = False
+        self._ids: Sequence[Tensor] = ()
         self.current: int | None = None
         self._cache: dict[Any, Any] = {}
         self._forms: dict[tuple[torch.Size, str], tuple[int, bool]] = {}
@@ -123,13 +125,40 @@ class Rows:
         if total is not None and total > 1 and x.ndim and x.shape[0] == 1:
             x = x.expand(total, *x.shape[1:])
         self._form_of(x, site)
+        if site.kind == "embedding" and self.total:
+            self._check_ids(x, site)
         return x
 
-    def begin(self, total: int | None) -> None:
-        """The model runs, on so many rows."""
+    def _check_ids(self, x: Tensor, site: Site) -> None:
+        """Positions and the like are looked up without an axis of rows, and may be as many as there are rows."""
+        square = x.ndim > 1 and x.shape[0] == x.shape[1]
+        if x.ndim > 1 and not square:
+            return
+        alike = [t for t in self._ids if t.numel() == x.numel() and t.shape[0] == self.total]
+        if square and not (self.compiling or _torch.in_functorch()):
+            alike = [t for t in alike if torch.equal(t.reshape(x.shape), x)]
+        if not alike:
+            raise AdapterError(
+                f"{site.path!r} looked up ids of shape {tuple(x.shape)}, which are none of the model's inputs, so it "
+                f"is unknown whether their first axis are the {self.total} rows. Exclude this layer (exclude_modules), or "
+                "use another number of rows than of tokens."
+            )
+
+    def begin(self, total: int | None, ids: Sequence[Tensor] = ()) -> None:
+        """The model runs, on so many rows, and with such integer inputs."""
         if total != self.total:
             self.total = total
             self._forms.clear()
+        self._ids = ids
+
+    def mark(self) -> tuple[Any, ...]:
+        """Where this call stands, for a part of it that is run again later."""
+        return self.total, self.current, self._ids
+
+    def restore(self, mark: tuple[Any, ...]) -> None:
+        """Stand there again."""
+        total, self.current, ids = mark
+        self.begin(total, ids)
 
     def _form_of(self, x: Tensor, site: Site) -> tuple[int, bool]:
         if self.compiling:  # sizes may be symbols, which are no keys
@@ -325,7 +354,7 @@ class Rows:
         if self.seeds is None or self.index is not None:
             drawn = torch.rand(view.shape, device=x.device)
         else:
-            drawn = torch.stack([_drawn(seed, layer.site.path, view.shape[1:], x.device) for seed in self.seeds])
+            drawn = torch.stack([uniform(seed, layer.site.path, view.shape[1:], x.device) for seed in self.seeds])
         return ((drawn >= rate) / (1 - rate)).to(x.dtype).reshape(x.shape)
 
     def mask_alone(self, level: Level, layer: Layer, x: Tensor) -> Tensor | None:
@@ -334,14 +363,8 @@ class Rows:
         rate = level.method.dropout(self.configs[self.current])
         if self.seeds is None or not rate or layer.site.kind == "embedding":
             return None
-        drawn = _drawn(self.seeds[self.current], layer.site.path, x.shape, x.device)
+        drawn = uniform(self.seeds[self.current], layer.site.path, x.shape, x.device)
         return ((drawn >= rate) / (1 - rate)).to(x.dtype)
-
-
-def _drawn(seed: int, path: str, shape: Sequence[int], device: torch.device) -> Tensor:
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(shape, generator=generator).to(device)
 
 
 def _fold(t: Tensor, count: int, by_token: bool) -> Tensor:

@@ -73,9 +73,10 @@ class Split:
         count = first.shape[0]
         if all(rows.index is None for rows in self.rows) or not _static():
             parts, order = self._parts(count)
+            _check_unambiguous(self.path, self.module, first, (args, kwargs))
             taken = [_take(self.module, count, part, args, kwargs) for _, part in parts]
             outs = [self._run(assignment, *call) for (assignment, _), call in zip(parts, taken, strict=True)]
-            return self._join(outs, [_size(part, count) for _, part in parts], order)
+            return self._join(outs, [_size(part) for _, part in parts], order)
         if len(self.rows) > 1:
             raise AdapterError(
                 f"{self.path!r} is run adapter by adapter, which with several grouped or routed entries needs the "
@@ -171,8 +172,8 @@ def _static() -> bool:
     return _torch.is_compiling() or _torch.in_functorch()
 
 
-def _size(part: slice | Tensor, count: int) -> int:
-    return len(range(count)[part]) if isinstance(part, slice) else part.shape[0]
+def _size(part: slice | Tensor) -> int:
+    return part.stop - part.start if isinstance(part, slice) else part.shape[0]
 
 
 def leading(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -191,6 +192,19 @@ def _check_plain(path: str, call: Any) -> None:
                 f"{path!r} must run adapter by adapter, but was called with a {type(leaf).__name__}, which cannot be "
                 "split into rows. Adapt the layers inside it rather than a parameter of its own."
             )
+
+
+def _check_unambiguous(path: str, module: nn.Module, first: Tensor, call: Any) -> None:
+    """Where there are as many tokens as rows, another argument of that length could be either."""
+    count = first.shape[0]
+    if first.ndim < 3 or first.shape[1] != count or isinstance(module, nn.MultiheadAttention):
+        return
+    others = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf is not first]
+    if any(leaf.ndim and leaf.shape[0] == count for leaf in others):
+        raise AdapterError(
+            f"{path!r} must run adapter by adapter, on inputs of {count} rows and {count} tokens: it is unknown "
+            f"whether another argument of length {count} goes by row or by token. Pad the batch or the texts."
+        )
 
 
 def _take(
@@ -231,6 +245,7 @@ class Root:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own outputs."""
         first = leading(args, kwargs)
+        inputs: list[Tensor] = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         count = None if first is None else first.shape[0]
         n = max([0, *(rows.n for rows in self.rows if rows.expand)])
         if n and count is not None:
@@ -241,7 +256,8 @@ class Root:
                 return value.unsqueeze(0).expand(n, *value.shape).flatten(0, 1)
 
             args, kwargs = pytree.tree_map(repeat, (args, kwargs))
+            inputs = [repeat(leaf) for leaf in inputs]
             count *= n
         for rows in self.rows:
-            rows.begin(count)
+            rows.begin(count, [leaf for leaf in inputs if leaf.ndim and not leaf.is_floating_point()])
         return self.base(*args, **kwargs)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcadapt import _torch
-from funcadapt.adapter import Adapter, Members
+from funcadapt.adapter import Adapter, Members, TensorTree
 from funcadapt.config import AdapterConfig, FrozenDict
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import Leaf, Method, method_of
@@ -65,22 +65,22 @@ def stack(adapters: Iterable[Adapter]) -> Adapter:
     frozen = list(dict.fromkeys(path for adapter in members for path in adapter.buffers))
     params: dict[str, Site] = {}
     buffers: dict[str, Site] = {}
-    ranks: dict[str, tuple[int, ...]] = {}
+    ranks: dict[str, tuple[int, tuple[int, ...]]] = {}
     for path in dict.fromkeys((*paths, *frozen)):
         leaves, found = _aligned(members, method, path)
         if len(set(found)) > 1:
-            ranks[path] = found
+            ranks[path] = max(found), found
         trainable = {name for adapter in members for name in adapter.params.get(path, ())}
         for name in leaves[0]:
             row = [p[name] for p in leaves]
             if name in trainable:
-                params.setdefault(path, {})[name] = _pile(row)
+                params.setdefault(path, {})[name] = pile(row)
             else:
-                buffers.setdefault(path, {})[name] = _pile(row, share=True)
-    # The hooks read one config. It says that there is dropout if any adapter has some; the rates come from `members`.
-    config = max((a.config for a in members), key=method.dropout)
-    ndim = FrozenDict({path: next(iter(leaves.values())).ndim - 1 for path, leaves in params.items()})
-    return Adapter(params, buffers, config, Members(tuple(a.config for a in members), FrozenDict(ranks), ndim))
+                buffers.setdefault(path, {})[name] = pile(row, share=True)
+    configs = tuple(a.config for a in members)
+    return Adapter(
+        params, buffers, _drops_most(configs), Members(configs, FrozenDict(ranks), _axes(params, buffers, 1))
+    )
 
 
 def unstack(stacked: Adapter) -> list[Adapter]:
@@ -133,7 +133,7 @@ def select(stacked: Adapter, index: int | slice | Sequence[int] | Tensor) -> Ada
     n = size(stacked)
     assert stacked.members is not None
     if isinstance(index, slice):
-        chosen = list(range(n)[index])
+        chosen = list(range(*index.indices(n)))
     elif isinstance(index, Tensor) and index.ndim == 0:
         return select(stacked, int(index))
     else:
@@ -150,14 +150,15 @@ def select(stacked: Adapter, index: int | slice | Sequence[int] | Tensor) -> Ada
     def pick(leaf: Tensor) -> Tensor:
         if leaf.stride(0) == 0:  # shared, and still shared
             return leaf[:1].expand(len(chosen), *leaf.shape[1:])
-        return leaf[index] if isinstance(index, slice) else _pile([leaf[i] for i in chosen])
+        if isinstance(index, slice) and chosen[-1] >= chosen[0]:
+            return leaf[index]  # a view
+        return pile([leaf[i] for i in chosen])
 
     members = stacked.members
-    ranks = {path: tuple(r[i] for i in chosen) for path, r in members.ranks.items()}
+    ranks = {path: (padded, tuple(r[i] for i in chosen)) for path, (padded, r) in members.ranks.items()}
     configs = tuple(members.configs[i] for i in chosen)
     smaller = stacked.map(pick)
-    config = max(configs, key=method_of(stacked.config).dropout)
-    return smaller.replace(config=config, members=Members(configs, FrozenDict(ranks), members.ndim))
+    return smaller.replace(config=_drops_most(configs), members=Members(configs, FrozenDict(ranks), members.ndim))
 
 
 def repeat(adapter: Adapter, n: int) -> Adapter:
@@ -170,7 +171,7 @@ def repeat(adapter: Adapter, n: int) -> Adapter:
     Returns:
         The stack.
     """
-    ndim = FrozenDict({path: next(iter(leaves.values())).ndim for path, leaves in adapter.params.items()})
+    ndim = _axes(adapter.params, adapter.buffers, 0)
     stacked = adapter.map(lambda leaf: leaf.expand(n, *leaf.shape))
     return stacked.replace(members=Members((adapter.config,) * n, FrozenDict(), ndim))
 
@@ -208,23 +209,57 @@ def size(stacked: Adapter) -> int:
 
 
 def is_single(adapter: Adapter) -> bool:
-    """Whether this is one adapter: also one of a stack, as `torch.func.vmap` hands it out."""
+    """Whether this is one adapter: also one of a stack, as `torch.func.vmap` hands it out.
+
+    Args:
+        adapter: an adapter or a stack.
+
+    Returns:
+        Whether its leaves lack the adapter axis.
+
+    Raises:
+        AdapterError: if some of them have it and some do not.
+    """
     if adapter.members is None:
         return True
-    for path, ndim in adapter.members.ndim.items():
-        return next(iter(adapter.params[path].values())).ndim == ndim
-    return False
+    if set(adapter.params) | set(adapter.buffers) != set(adapter.members.ndim):
+        raise AdapterError("The sites of this stack were changed since fa.stack made it. Use fa.unstack and fa.stack.")
+    extra: set[int] = set()
+    for path, (of_params, of_buffers) in adapter.members.ndim.items():
+        for tree, ndim in ((adapter.params, of_params), (adapter.buffers, of_buffers)):
+            if ndim >= 0:
+                extra.add(next(iter(tree[path].values())).ndim - ndim)
+    if len(extra) > 1 or not extra <= {0, 1}:
+        raise AdapterError(
+            "Some leaves of this stack have the adapter axis and some do not. torch.func.vmap must map over all of it, "
+            "buffers too: vmap(lambda a: fa.functional_call(model, a, ...))(stack)."
+        )
+    return extra == {0}
+
+
+def _axes(params: TensorTree, buffers: TensorTree, extra: int) -> Mapping[str, tuple[int, int]]:
+    """How many axes the first param and the first buffer of each site have in one adapter; -1 if there is none."""
+
+    def first(leaves: Leaf | None) -> int:
+        return next(iter(leaves.values())).ndim - extra if leaves else -1
+
+    paths = dict.fromkeys((*params, *buffers))
+    return FrozenDict({path: (first(params.get(path)), first(buffers.get(path))) for path in paths})
+
+
+def _drops_most(configs: Sequence[AdapterConfig]) -> AdapterConfig:
+    """The config that the hooks of a stack read: it says that there is dropout if any adapter has some."""
+    most, method = configs[0], method_of(configs[0])
+    for config in configs[1:]:
+        if method.dropout(config) > method.dropout(most):
+            most = config
+    return most
 
 
 def _one_method(members: Sequence[Adapter]) -> Method:
     """The method, which must be one; and so must be what its hooks read from the configs."""
     first, method = members[0].config, method_of(members[0].config)
-    fields = [f.name for f in dataclasses.fields(first)]
-    if method.reads is None:
-        free = {f.name for f in dataclasses.fields(AdapterConfig)} | {*first.patterned, *first.patterned.values()}
-        fields = [name for name in fields if name not in free]
-    else:
-        fields = [name for name in fields if name in method.reads]
+    fields = fields_in_common(first, method)
     for i, adapter in enumerate(members[1:], 1):
         other = method_of(adapter.config)
         if other is not method:
@@ -239,6 +274,15 @@ def _one_method(members: Sequence[Adapter]) -> Method:
     return method
 
 
+def fields_in_common(config: AdapterConfig, method: Method) -> list[str]:
+    """The fields of a config that the hooks read and that are no leaves: adapters side by side must have the same."""
+    names = [f.name for f in dataclasses.fields(config)]
+    if method.reads is not None:
+        return [name for name in names if name in method.reads]
+    free = {f.name for f in dataclasses.fields(AdapterConfig)} | {*config.patterned, *config.patterned.values()}
+    return [name for name in names if name not in free]
+
+
 def _aligned(members: Sequence[Adapter], method: Method, path: str) -> tuple[list[Leaf], tuple[int, ...]]:
     """The leaves of each adapter at one site, brought to one form; and their ranks before that."""
     leaves: list[Leaf] = [adapter.leaves(path) for adapter in members]
@@ -249,7 +293,8 @@ def _aligned(members: Sequence[Adapter], method: Method, path: str) -> tuple[lis
         if method.with_rank is not None:
             with_rank, rank = method.with_rank, max(ranks)
             leaves = [
-                method.layout(with_rank(p, rank)) if p and r < rank else p for p, r in zip(leaves, ranks, strict=True)
+                method.layout(with_rank(p, r, rank)) if p and r < rank else p
+                for p, r in zip(leaves, ranks, strict=True)
             ]
         elif min(r for r in ranks if r) < max(ranks):
             raise AdapterError(f"stack: {method.name} has ranks {ranks} at {path!r}, and cannot be padded to one rank.")
@@ -292,7 +337,7 @@ def _short(value: Any) -> str:
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
 
 
-def _pile(row: Sequence[Tensor], share: bool = False) -> Tensor:
+def pile(row: Sequence[Tensor], share: bool = False) -> Tensor:
     """`torch.stack` that keeps the memory layout; tensors that are the same one are not copied, if `share`."""
     first = row[0]
     if share and first.ndim and all(_same(first, other) for other in row[1:]):
@@ -321,11 +366,12 @@ def _member(stacked: Adapter, i: int) -> Adapter:
     trees: tuple[dict[str, Site], dict[str, Site]] = ({}, {})
     for path in dict.fromkeys((*stacked.params, *stacked.buffers)):
         whole: Leaf = {name: leaf[i] for name, leaf in stacked.leaves(path).items()}
-        rank = members.ranks[path][i] if path in members.ranks else None
-        if rank == 0:
-            continue
-        if rank is not None and method.with_rank is not None and rank < config.rank(whole):
-            whole = {**whole, **method.with_rank(whole, rank)}
+        if path in members.ranks:
+            padded, ranks = members.ranks[path]
+            if not ranks[i]:
+                continue
+            if ranks[i] < padded and method.with_rank is not None:
+                whole = {**whole, **method.with_rank(whole, padded, ranks[i])}
         for tree, like in zip(trees, (stacked.params, stacked.buffers), strict=True):
             if path in like:
                 tree[path] = {name: whole[name] for name in like[path]}

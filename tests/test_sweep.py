@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import funcadapt as fa
 from funcadapt import optim, sweep
+from funcadapt.sweep import examples, stacks, starting, training
 
 pytest.importorskip("transformers")
 
@@ -181,7 +182,7 @@ def test_layers_that_a_trial_lacks_stay_out(llama: nn.Module, data: Tensor):
     more = fa.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
     model = in_float64(copy.deepcopy(llama))
     trials = [Trial(few, lr=1e-1, weight_decay=0.5, clip=0.01, name="few"), Trial(more, name="more")]
-    assert sweep._groups(trials, sweep._initial(model, trials, None), None) == [[0, 1]]
+    assert starting.groups(trials, starting.starts(model, trials, None), None) == [[0, 1]]
     result = sweep.run(model, trials, data, steps=5, batch=2)
     for trial, run in zip(trials, result.runs, strict=True):
         assert_same(run.adapter, by_hand(model, trial, data, steps=5, batch=2))  # pyright: ignore
@@ -300,10 +301,10 @@ def test_dropout_is_that_of_grouped_and_its_seeds(model: nn.Module, data: Tensor
     trial = Trial(config(r=4, lora_dropout=0.5, init_lora_weights=how), seed=3, lr=0.0)
     (run,) = sweep.run(model, [trial], data, steps=3, batch=2).runs
     adapter, base = fa.init_with_base(model, trial.config, seed=3)
-    training = fa.structural_copy(model).train()  # nothing else in it has dropout
-    for step, rows in enumerate(data[sweep._order(len(data), 6, 0)].view(3, 2, -1)):
-        alone = fa.grouped(fa.stack([adapter]), seeds=[sweep._seed(3, step)])
-        out = fa.functional_call(training, alone, (rows,), parameters=base)
+    noisy = fa.structural_copy(model).train()  # nothing else in it has dropout
+    for step, rows in enumerate(data[examples.order(len(data), 6, 0)].view(3, 2, -1)):
+        alone = fa.grouped(fa.stack([adapter]), seeds=[training._seed(3, step)])
+        out = fa.functional_call(noisy, alone, (rows,), parameters=base)
         assert run.losses[step] == pytest.approx(float(sweep.token_loss(out, rows).mean()), rel=1e-9)
 
 
@@ -581,7 +582,7 @@ def test_progress(model: nn.Module, data: Tensor, held_out: Tensor, monkeypatch:
 
 
 def test_schedules_fill_the_run():
-    rates = sweep._rates(Trial(LORA, lr=2.0, schedule="cosine", warmup=2, end=0.5), 6)
+    rates = stacks._rates(Trial(LORA, lr=2.0, schedule="cosine", warmup=2, end=0.5), 6)
     expected = [2 * float(optim.cosine(6, warmup=2, end=0.5)(i)) for i in range(6)]
     assert rates.tolist() == pytest.approx(expected)
     assert rates[0] == 0
@@ -711,7 +712,7 @@ def test_trials_of_a_real_model_are_as_alone():
         pytest.skip(str(error))
     model.model.layers = model.model.layers[:12]  # the whole takes twice as long
     model = in_float64(model).requires_grad_(False)
-    text = (Path(sweep.__file__).read_text() * 2)[:8000]
+    text = (Path(__file__).parents[1] / "LICENSE").read_text()[:8000]
     ids = torch.tensor(tokenizer(text)["input_ids"][: 20 * 12]).view(20, 12)
     pair = ["q_proj", "down_proj"]
     trials = [

@@ -162,6 +162,8 @@ class LoraConfig(AdapterConfig):
             return 0
         a, b = leaves["lora_A"].shape, leaves["lora_B"].shape
         experts = len(a) == len(b) == 3 and a[0] == b[0] and a[1] == b[2]
+        if experts and a[1] == 1 and 1 not in (said := (self.r, *self.rank_pattern.values())) and a[0] in said:
+            return a[0]  # a convolution of one channel with as many outputs as ranks
         return a[1] if experts else a[0]
 
 
@@ -265,9 +267,8 @@ def add_delta(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
         h = torch.mm(x if dims == 2 else x.reshape(-1, x.shape[-1]), a.t()) * p["scaling"]
         if h.dtype != y.dtype:  # the base layer answered in another dtype, or autocast is on
             return y + F.linear(h, b).view(y.shape)
-        if dims == 2:
-            return torch.addmm(y, h, b.t())  # one fused product: no temporary of the output's size
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.t()).view(y.shape)
+        # one fused product: no temporary of the output's size. It would broadcast y: the view says no.
+        return torch.addmm(y if dims == 2 else y.reshape(-1, y.shape[-1]), h, b.t()).view(y.shape)
     a, b, scaling = factors(p)
     if x.is_floating_point() and x.dtype != a.dtype:
         x = x.to(a.dtype)
@@ -315,8 +316,8 @@ def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:
     n = a.shape[0]
     tokens = x.numel() // (n * x.shape[-1]) if x.shape[-1] else 0
     # h (N, r, tokens): in this order the gradients of A and of a column-major B come out as the leaves are stored
-    h = torch.bmm(a, x.reshape(n, tokens, -1).transpose(1, 2)) * p["scaling"].view(n, 1, 1)
-    return torch.baddbmm(y.reshape(n, tokens, -1), h.transpose(1, 2), b.transpose(1, 2)).view(y.shape)
+    h = torch.bmm(a, x.reshape(n, tokens, x.shape[-1]).transpose(1, 2)) * p["scaling"].view(n, 1, 1)
+    return torch.baddbmm(y.reshape(n, tokens, y.shape[-1]), h.transpose(1, 2), b.transpose(1, 2)).view(y.shape)
 
 
 def masked(layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Any:
@@ -339,10 +340,10 @@ def masked(layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Any:
         x = dropout(layer, x, config.lora_dropout)
     a, b = p["lora_A"], p["lora_B"]
     n, r = a.shape[:2]
-    h = torch.mm(x.reshape(-1, x.shape[-1]), a.reshape(n * r, -1).t())
+    h = torch.mm(x.reshape(-1, x.shape[-1]), a.reshape(n * r, a.shape[2]).t())
     h = h.view(choice.shape[0], -1, n, r) * (choice * p["scaling"]).view(-1, 1, n, 1)
-    out = torch.addmm(y.reshape(-1, y.shape[-1]), h.view(-1, n * r), b.transpose(1, 2).reshape(n * r, -1))
-    return out.view(y.shape)
+    all_b = b.transpose(1, 2).reshape(n * b.shape[2], b.shape[1])
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h.view(-1, n * r), all_b).view(y.shape)
 
 
 def delta_weight(layer: Layer, p: Leaf) -> Tensor:
@@ -396,12 +397,11 @@ def layout(p: Leaf) -> Leaf:
     return {**p, "lora_B": torch.empty_strided(b.shape, (1, b.shape[0]), dtype=b.dtype, device=b.device).copy_(b)}
 
 
-def with_rank(p: Leaf, r: int) -> Leaf:
+def with_rank(p: Leaf, old: int, r: int) -> Leaf:
     """A with zero rows and B with zero columns up to rank r, or both cut to it; in each group of a convolution."""
     name_a, name_b = ("lora_A", "lora_B") if "lora_A" in p else ("lora_embedding_A", "lora_embedding_B")
     a, b = p[name_a], p[name_b]
-    experts = a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
-    axis = int(experts)
+    axis = int(a.ndim == 3 and a.shape[:2] == (b.shape[0], b.shape[2]) and a.shape[1] == old)  # experts come first
     groups = a.shape[axis] // b.shape[axis + 1]
     if r % groups:
         raise SiteError(f"A convolution of {groups} groups cannot have rank {r}.")
