@@ -273,9 +273,7 @@ class AdapterBank:
         head = Head.read(folder)
         try:
             with self._plans.reading(folder, head) as reading:
-                if not self._free:
-                    reading.check()
-                self._put(name, overwrite, reading.held, reading.write, reading.check)
+                self._put(name, overwrite, reading.held, reading.write)
         except NoPlanError:
             adapter = load(folder)
             self.add(name, adapter, overwrite=overwrite)
@@ -326,20 +324,12 @@ class AdapterBank:
         else:
             self._free.append(slot)
 
-    def _put(
-        self,
-        name: str,
-        overwrite: bool,
-        held: Held,
-        write: Callable[[int], None],
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Write into a slot that nobody sees, then give it the name. If `check` passes, `write` must not fail."""
+    def _put(self, name: str, overwrite: bool, held: Held, write: Callable[[int], None]) -> None:
+        """Write into a slot that nobody sees, then give it the name."""
         with self._lock:
             self._check_place(name, overwrite)
             if not self._free:  # over the old one, which is not in use, and cannot be while the lock is held
                 slot = self._names[name]
-                check()
                 try:
                     write(slot)
                 except BaseException:  # half written

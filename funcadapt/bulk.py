@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from funcadapt.stacking import fields_in_common
 
 _PLANS_KEPT, _CONFIGS_KEPT = 64, 1024
 _MAX_HEADER, _MAX_NUMBERS = 2**24, 2**25  # larger files are read the plain way: there, moving the bytes is all it takes
-_PART = 32_000  # numbers that are read at a time: they stay in the cache, and torch works on them in the calling thread
+_PART = 32_000  # numbers that are read at a time: they stay in the cache, and torch sums as few in the calling thread
 
 _Place = tuple[int, tuple[int, ...]]  # where a tensor starts in the file, in numbers, and its shape
 
@@ -66,7 +65,7 @@ class _Plan:
     Attributes:
         dtype: of the numbers in the file.
         ranks: what `Held` remembers.
-        copies: (slots, place in the file) of the tensors, in the order of the file; of a leaf, what is not padding.
+        copies: (slots, place in the file) of the tensors; of a leaf, what is not padding.
         constants: (slots, value) for what follows from the config, such as scalings.
         zeros: slots that are zero: padding, and neutral leaves.
         narrowest: of the file's and the leaves' dtypes, the one with the smallest range.
@@ -133,7 +132,6 @@ def _plan(slots: Slots, head: Head, adapter: Adapter) -> _Plan | None:
         narrowest = min(narrowest, leaf.dtype, key=lambda dtype: torch.finfo(dtype).max)
     for keys, rows in slots.scalars:
         constants.append((rows, torch.stack([values[key].to(slots.device, rows.dtype) for key in keys])))
-    copies.sort(key=lambda copy: copy[1][0])
     return None if by_mark else _Plan(dtype, held.ranks, copies, constants, zeros, narrowest)
 
 
@@ -155,104 +153,61 @@ def _places(entries: Mapping[str, Any], size: int) -> tuple[torch.dtype, dict[st
 
 
 class Reading:
-    """A file that goes into a slot, and the buffers that it goes through, which can be used again for the next file.
-
-    Each part of the file is read, checked and copied while it is in the cache, before the next one is read.
-    """
+    """A file that was read and checked, in a buffer that can be used again for the next one."""
 
     held: Held
 
     def __init__(self) -> None:
+        self._buffer = bytearray()
         self._plan: _Plan | None = None
-        self._small: list[_Part] = []  # over one another in a small buffer
-        self._whole: list[_Part] = []  # the whole file
-        self._checked = False
-
-    def begin(self, file: io.FileIO, header: bytes, plan: _Plan, held: Held) -> None:
-        """Another file, open at its start."""
-        if self._plan is not plan:
-            self._small, self._whole = [], []
-        self._file, self._plan, self.held, self._checked = file, plan, held, False
-        if file.read(8 + len(header))[8:] != header:
-            raise NoPlanError
+        self._here = self._there = torch.empty(0)  # the numbers as read, and where the slots are
+        self._parts: list[tuple[memoryview, Tensor]] = []
+        self._tensors: list[tuple[Tensor, Tensor]] = []  # slots, tensor of the file
 
     @writing()
-    def check(self) -> None:
-        """Hold the whole file, and be sure of it: `write` cannot fail halfway then."""
-        assert self._plan is not None
-        if not self._checked:
-            self._whole = self._whole or _divided(self._plan, whole=True)
-            for part in self._whole:
-                self._fill(part)
-            self._end()
-            self._checked = True
+    def read(self, folder: Path, head: Head, plan: _Plan, held: Held) -> None:
+        """Read another file; it must be what the plan is for, and its numbers finite."""
+        if self._plan is not plan:
+            self._plan = None
+            self._divide(plan, head.size)
+            self._plan = plan
+        self.held = held
+        try:
+            with open(folder / WEIGHTS, "rb", buffering=0) as file:
+                if file.read(8 + len(head.header))[8:] != head.header:
+                    raise NoPlanError
+                for content, numbers in self._parts:
+                    if file.readinto(content) != len(content) or not math.isfinite(total(numbers, plan.narrowest)):
+                        raise NoPlanError  # if they are only too large for a sum, the plain way finds them good
+                if file.read(1):
+                    raise NoPlanError
+        except OSError as error:
+            raise NoPlanError from error
+        if self._there is not self._here:
+            self._there.copy_(self._here)
 
     @writing()
     def write(self, slot: int) -> None:
         """Copy it into a slot."""
         assert self._plan is not None
-        if not self._checked:
-            self._small = self._small or _divided(self._plan, whole=False)
-        for part in self._whole if self._checked else self._small:
-            if not self._checked:
-                self._fill(part)
-            if part.there is not part.here:
-                part.there.copy_(part.here)
-            for leaf, tensor in part.tensors:
-                leaf.select(0, slot).copy_(tensor)
-        if not self._checked:
-            self._end()
-        for leaf, value in self._plan.constants:
+        for leaf, value in (*self._tensors, *self._plan.constants):
             leaf.select(0, slot).copy_(value)
         for rest in self._plan.zeros:
             rest.select(0, slot).zero_()
 
-    def _fill(self, part: _Part) -> None:
-        assert self._plan is not None
-        narrowest = self._plan.narrowest
-        if self._file.readinto(part.content) != len(part.content):
-            raise NoPlanError
-        if not all(math.isfinite(total(numbers, narrowest)) for numbers in part.here.split(_PART)):
-            raise NoPlanError  # if they are only too large for a sum, the plain way finds them good
-
-    def _end(self) -> None:
-        if self._file.read(1):
-            raise NoPlanError
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Part:
-    """A part of a file in a buffer: as bytes, as numbers, as numbers where the slots are; (slots, tensor) of each."""
-
-    content: memoryview
-    here: Tensor
-    there: Tensor
-    tensors: list[tuple[Tensor, Tensor]]
-
-
-def _divided(plan: _Plan, whole: bool) -> list[_Part]:
-    groups: list[list[tuple[Tensor, _Place]]] = []
-    sizes: list[int] = []
-    for leaf, place in plan.copies:
-        size = math.prod(place[1])
-        if not sizes or sizes[-1] + size > _PART:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append((leaf, place))
-        sizes[-1] += size
-    width = plan.dtype.itemsize
-    buffer = bytearray((sum(sizes) if whole else max(sizes)) * width)
-    all_here = torch.frombuffer(buffer, dtype=plan.dtype)
-    all_there = all_here.to(plan.copies[0][0].device)
-    parts: list[_Part] = []
-    for group, size in zip(groups, sizes, strict=True):
-        first = group[0][1][0]
-        at = first if whole else 0
-        here = all_here[at : at + size]
-        there = here if all_there is all_here else all_there[at : at + size]
-        tensors = [(leaf, there[start - first :][: math.prod(s)].view(s)) for leaf, (start, s) in group]
-        parts.append(_Part(memoryview(buffer)[at * width :][: size * width], here, there, tensors))
-    return parts
+    def _divide(self, plan: _Plan, size: int) -> None:
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        width, whole = plan.dtype.itemsize, memoryview(self._buffer)[:size]
+        self._here = torch.frombuffer(whole, dtype=plan.dtype)
+        self._there = self._here.to(plan.copies[0][0].device)
+        self._parts = [
+            (whole[i * width : (i + _PART) * width], self._here[i : i + _PART])
+            for i in range(0, len(self._here), _PART)
+        ]
+        self._tensors = [
+            (leaf, self._there[start : start + math.prod(shape)].view(shape)) for leaf, (start, shape) in plan.copies
+        ]
 
 
 class Plans:
@@ -267,7 +222,7 @@ class Plans:
 
     @contextlib.contextmanager
     def reading(self, folder: Path, head: Head | None) -> Generator[Reading, None, None]:
-        """Open a file of a layout that was met before.
+        """Read a file of a layout that was met before.
 
         Args:
             folder: the checkpoint's folder.
@@ -277,7 +232,7 @@ class Plans:
             The file, ready to `write`.
 
         Raises:
-            NoPlanError: if the layout is new, or anything is wrong with the file; from `check` and `write`, too.
+            NoPlanError: if the layout is new, or anything is wrong with the file.
         """
         if head is None:
             raise NoPlanError
@@ -290,11 +245,8 @@ class Plans:
         except IndexError:
             reading = Reading()
         try:
-            with open(folder / WEIGHTS, "rb", buffering=0) as file:
-                reading.begin(file, head.header, plan, Held(config, plan.ranks))
-                yield reading
-        except OSError as error:
-            raise NoPlanError from error
+            reading.read(folder, head, plan, Held(config, plan.ranks))
+            yield reading
         finally:
             self._idle.append(reading)
 

@@ -140,8 +140,8 @@ class Rows:
         if not alike:
             raise AdapterError(
                 f"{site.path!r} looked up ids of shape {tuple(x.shape)}, which are none of the model's inputs, so it "
-                f"is unknown whether their first axis are the {self.total} rows. Exclude this layer (exclude_modules), or "
-                "use another number of rows than of tokens."
+                f"is unknown whether their first axis are the {self.total} rows. Exclude this layer (exclude_modules), "
+                "or use another number of rows than of tokens."
             )
 
     def begin(self, total: int | None, ids: Sequence[Tensor] = ()) -> None:

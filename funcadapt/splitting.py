@@ -260,4 +260,8 @@ class Root:
             count *= n
         for rows in self.rows:
             rows.begin(count, [leaf for leaf in inputs if leaf.ndim and not leaf.is_floating_point()])
-        return self.base(*args, **kwargs)
+        try:
+            return self.base(*args, **kwargs)
+        finally:
+            for rows in self.rows:  # a part of the model may be called by itself, with other rows: an encoder
+                rows.begin(None)

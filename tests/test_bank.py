@@ -715,21 +715,6 @@ def test_a_bad_file_of_a_known_layout_changes_no_adapter(
     same(bank.get("a"), adapters[2])
 
 
-def test_a_bank_that_is_full_only_when_the_file_is_open(
-    net: Net, tmp_path: Path, no_plain_load: Callable[[], None]
-) -> None:
-    for i in range(2):
-        fa.save(lora(net, seed=i), tmp_path / str(i))
-    bank = AdapterBank(net, config(), capacity=2)
-    bank.load("a", tmp_path / "0")
-    no_plain_load()
-    with bank._plans.reading(tmp_path / "1", bulk.Head.read(tmp_path / "1")) as reading:
-        bank.load("b", tmp_path / "0")
-        bank._put("a", True, reading.held, reading.write, reading.check)
-    same(bank.get("a"), lora(net, seed=1))
-    same(bank.get("b"), lora(net, seed=0))
-
-
 def test_large_numbers_whose_sum_overflows(net: Net, tmp_path: Path) -> None:
     large = lora(net).replace(params={p: {k: torch.full_like(t, 3e38) for k, t in v.items()}
                                       for p, v in lora(net).params.items()})  # fmt: skip

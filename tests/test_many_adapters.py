@@ -932,6 +932,10 @@ def test_an_encoder_decoder_generates(options: dict[str, Any]) -> None:
     assert torch.equal(generate(model, fa.routed(stack, index), TEXT, **options), torch.cat(rows))
     groups = [generate(model, a, group, **options) for a, group in zip(adapters, TEXT.split(2), strict=True)]
     assert torch.equal(generate(model, fa.grouped(stack), TEXT, **options), torch.cat(groups))
+    with torch.no_grad(), fa.applied(model, fa.grouped(stack)):
+        for _ in range(2):  # the encoder is called by itself, the second time after a decoder with beams
+            out = model.generate(TEXT, attention_mask=torch.ones_like(TEXT), **{**GREEDY, **options})
+            assert torch.equal(out, torch.cat(groups))
 
 
 # -- one input for all ------------------------------------------------------------------------------------
