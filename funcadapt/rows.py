@@ -7,7 +7,7 @@ pure function, or a hand-written batched form where the method has one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,9 @@ Hook = Callable[..., Tensor]
 def choose(groups: int, size: int, n: int, numbers: int, width: int, *, masked: bool, static: bool) -> str:
     """The cheapest way to route: a function of shapes alone, so that a compiled graph holds one path.
 
-    Costs are in float operations; moving a number costs as much as 16 of them, calling an operation as much as
-    100,000. Measured on two CPU cores; a GPU has other constants, but the same order for the shapes that matter.
+    Costs are in float operations: moving a number from or to memory costs as much as 40 of them, calling an operation
+    as much as 100,000, and the masked products reach half the speed. Measured on two CPU cores; a GPU has other
+    constants, but the same order for the shapes that matter.
 
     Args:
         groups: how many rows (or tokens, where each chooses for itself) there are.
@@ -45,16 +46,34 @@ def choose(groups: int, size: int, n: int, numbers: int, width: int, *, masked: 
 
     Returns:
         "gather": copy each row's leaves and run them as groups of one row. "sort": bring the rows of an adapter
-        together, and run adapter by adapter. "masked": one product with all adapters, all but one masked.
+        together, and run groups of equal size. "masked": one product with all adapters, all but one masked.
     """
-    tokens, move, call = groups * size, 16, 100_000
+    tokens, move, call = groups * size, 40, 100_000
     costs = {"gather": 3 * move * groups * numbers + 2 * tokens * numbers + 4 * call}
     if not static:
-        used = min(n, groups)
-        costs["sort"] = 3 * move * tokens * width + move * used * numbers + 2 * tokens * numbers + 6 * call * used
+        leaves = move * groups * numbers * 3 if n > groups else move * n * numbers
+        costs["sort"] = 3 * move * tokens * width + leaves + 2 * tokens * numbers + 6 * call
     if masked:
-        costs["masked"] = move * n * numbers + 2 * tokens * n * numbers + 4 * call
+        costs["masked"] = move * n * numbers + 4 * tokens * n * numbers + 4 * call
     return min(costs, key=lambda how: costs[how])
+
+
+class Buckets(NamedTuple):
+    """Rows brought together by adapter, each adapter's padded to as many as any has.
+
+    Attributes:
+        adapters: how many buckets there are.
+        used: the adapter of each, or None for all in order.
+        take: the row in each place of the buckets, or None for all in order.
+        back: the place of each row, or None for all in order.
+        skipped: which rows have no adapter, or None for no row.
+    """
+
+    adapters: int
+    used: Tensor | None
+    take: Tensor | None
+    back: Tensor | None
+    skipped: Tensor | None
 
 
 class Rows:
@@ -235,6 +254,8 @@ class Rows:
             width = layer.site.in_features + layer.site.out_features
             size = tensors[-1].numel() // (count * (layer.site.out_features if len(tensors) == 2 else x.shape[-1]) or 1)
             how = choose(count, size, self.n, numbers, width, masked=masked, static=static)
+            if how == "sort" and (filled := self.buckets()).take is not None and len(filled.take) > 2 * count:
+                how = "gather"  # one adapter has most rows, and the others would be padded to as many
         if how == "masked":
             if method.masked is None:
                 raise AdapterError(f"{method.name} has no masked form. Use how='gather' or 'sort'.")
@@ -245,10 +266,11 @@ class Rows:
             how = "gather"
         if how == "sort":
             views = [_fold(t, count, by_token) for t in tensors]
-            out = self._sorted(hook, level, layer, _fold_mask(layer, count, by_token), views)
-            return _unfold(out, x, by_token)
-        chosen = self.chosen()
-        p = {name: leaf.index_select(0, chosen) for name, leaf in level.p.items()}
+            return _unfold(self._sorted(hook, level, layer, views, by_token), x, by_token)
+        p = level.p
+        if not self._in_order():
+            chosen = self.chosen()
+            p = {name: leaf.index_select(0, chosen) for name, leaf in p.items()}
         out = _batched(hook, level, layer, p, count, by_token, tensors)
         if not self.may_skip:
             return out
@@ -265,23 +287,26 @@ class Rows:
             self._cache[dtype] = F.one_hot(index + 1, self.n + 1)[:, 1:].to(dtype)
         return self._cache[dtype]
 
-    def _sorted(self, hook: Hook, level: Level, layer: Layer, mask: Tensor | None, views: list[Tensor]) -> Tensor:
-        """Rows brought together by adapter; views (groups, rows of each, ...)."""
-        pieces: list[Tensor] = []
-        order, runs = self.sorted()
-        moved = [t if order is None else t.index_select(0, order) for t in views]
-        masks = mask if mask is None or order is None else mask.index_select(0, order)
-        for adapter, start, end in runs:
-            parts = [t[start:end] for t in moved]
-            if adapter < 0:
-                pieces.append(parts[-1])
-                continue
-            p = {name: leaf[adapter] for name, leaf in level.p.items()}
-            at = layer if masks is None else with_mask(layer, masks[start:end].flatten(0, 1))
-            out = hook(at, p, *(t.flatten(0, 1) for t in parts))
-            pieces.append(_torch.unflatten(out, 0, parts[0].shape[:2]))
-        out = torch.cat(pieces)
-        return out if order is None else out.index_select(0, self._cache["back"])
+    def _sorted(self, hook: Hook, level: Level, layer: Layer, views: Sequence[Tensor], by_token: bool) -> Tensor:
+        """Rows brought together by adapter, each adapter's padded to as many as any has. Views (groups, size, ...)."""
+        y, (groups, size) = views[-1], views[0].shape[:2]
+        buckets = self.buckets()
+        if not buckets.adapters:
+            return y
+        p = level.p
+        if buckets.used is not None:
+            p = {name: leaf.index_select(0, buckets.used) for name, leaf in p.items()}
+        mask = _fold_mask(layer, groups, by_token)
+        if buckets.take is not None:
+            views = [t.index_select(0, buckets.take) for t in views]
+            mask = None if mask is None else mask.index_select(0, buckets.take)
+        at = layer if mask is None else with_mask(layer, mask.flatten(0, 1))
+        flat = [t.flatten(0, 1) for t in views]
+        out = _batched(hook, level, at, p, buckets.adapters, False, flat)
+        out = _torch.unflatten(out, 0, (views[0].shape[0], size))
+        if buckets.back is not None:
+            out = out.index_select(0, buckets.back)
+        return out if buckets.skipped is None else torch.where(buckets.skipped.view(-1, *(1,) * (y.ndim - 1)), y, out)
 
     # -- what follows from the index, once a call -------------------------------------------------------
 
@@ -308,24 +333,45 @@ class Rows:
         values: list[int] = self._cache["values"]
         return values
 
-    def sorted(self) -> tuple[Tensor | None, list[tuple[int, int, int]]]:
-        """The order that brings the rows of an adapter together (None: they are), and (adapter, start, end) of each."""
-        if "runs" not in self._cache:
-            values = self.values()
-            order = sorted(range(len(values)), key=values.__getitem__)
-            runs: list[tuple[int, int, int]] = []
-            for place, row in enumerate(order):
-                if runs and runs[-1][0] == values[row]:
-                    runs[-1] = (*runs[-1][:2], place + 1)
-                else:
-                    runs.append((values[row], place, place + 1))
-            moved = order != list(range(len(order)))
-            assert self.index is not None
-            forth = torch.tensor(order, device=self.index.device)
-            self._cache["order"] = forth if moved else None
-            self._cache["back"] = torch.argsort(forth)
-            self._cache["runs"] = runs
-        return self._cache["order"], self._cache["runs"]
+    def _in_order(self) -> bool:
+        """Whether row i uses adapter i, of as many: then nothing has to be gathered."""
+        if _torch.is_compiling() or _torch.in_functorch():
+            return False
+        values = self.values()
+        return len(values) == self.n and values == list(range(self.n))
+
+    def buckets(self) -> Buckets:
+        """The rows of each adapter, padded to equal numbers."""
+        if "buckets" in self._cache:
+            return self._cache["buckets"]
+        values = self.values()
+        rows: dict[int, list[int]] = {}
+        for row, adapter in enumerate(values):
+            if adapter >= 0:
+                rows.setdefault(adapter, []).append(row)
+        adapters = [*range(self.n)] if 2 * len(rows) > self.n else sorted(rows)  # most of them: all, uncopied
+        width = max((len(members) for members in rows.values()), default=0)
+        take: list[int] = []
+        back = [0] * len(values)
+        for adapter in adapters:
+            members = rows.get(adapter, [])
+            for place, row in enumerate(members):
+                back[row] = len(take) + place
+            take += members + [0] * (width - len(members))  # padding computes something, and nobody looks
+        assert self.index is not None
+        device = self.index.device
+
+        def unless_in_order(wanted: list[int], count: int) -> Tensor | None:
+            return None if wanted == list(range(count)) else torch.tensor(wanted, device=device)
+
+        self._cache["buckets"] = made = Buckets(
+            len(adapters) if rows else 0,
+            unless_in_order(adapters, self.n),
+            unless_in_order(take, len(values)),
+            unless_in_order(back, len(take)),
+            torch.tensor([v < 0 for v in values], device=device) if min(values) < 0 else None,
+        )
+        return made
 
     # -- dropout ----------------------------------------------------------------------------------------
 
