@@ -254,7 +254,7 @@ class Rows:
             width = layer.site.in_features + layer.site.out_features
             size = tensors[-1].numel() // (count * (layer.site.out_features if len(tensors) == 2 else x.shape[-1]) or 1)
             how = choose(count, size, self.n, numbers, width, masked=masked, static=static)
-            if how == "sort" and (filled := self.buckets()).take is not None and len(filled.take) > 2 * count:
+            if how == "sort" and (take := self.buckets(1).take) is not None and len(take) > 2 * count:
                 how = "gather"  # one adapter has most rows, and the others would be padded to as many
         if how == "masked":
             if method.masked is None:
@@ -265,8 +265,7 @@ class Rows:
                     return result
             how = "gather"
         if how == "sort":
-            views = [_fold(t, count, by_token) for t in tensors]
-            return _unfold(self._sorted(hook, level, layer, views, by_token), x, by_token)
+            return self._sorted(hook, level, layer, count, by_token, tensors)
         p = level.p
         if not self._in_order():
             chosen = self.chosen()
@@ -287,26 +286,28 @@ class Rows:
             self._cache[dtype] = F.one_hot(index + 1, self.n + 1)[:, 1:].to(dtype)
         return self._cache[dtype]
 
-    def _sorted(self, hook: Hook, level: Level, layer: Layer, views: Sequence[Tensor], by_token: bool) -> Tensor:
-        """Rows brought together by adapter, each adapter's padded to as many as any has. Views (groups, size, ...)."""
-        y, (groups, size) = views[-1], views[0].shape[:2]
-        buckets = self.buckets()
+    def _sorted(
+        self, hook: Hook, level: Level, layer: Layer, count: int, by_token: bool, tensors: Sequence[Tensor]
+    ) -> Tensor:
+        """Rows brought together by adapter, each adapter's padded to as many as any has."""
+        x = tensors[0]
+        flat = [t.flatten(0, 1) for t in tensors] if by_token else tensors
+        buckets = self.buckets(flat[0].shape[0] // count)
         if not buckets.adapters:
-            return y
-        p = level.p
+            return tensors[-1]
+        p, mask = level.p, layer.mask
         if buckets.used is not None:
             p = {name: leaf.index_select(0, buckets.used) for name, leaf in p.items()}
-        mask = _fold_mask(layer, groups, by_token)
-        if buckets.take is not None:
-            views = [t.index_select(0, buckets.take) for t in views]
-            mask = None if mask is None else mask.index_select(0, buckets.take)
-        at = layer if mask is None else with_mask(layer, mask.flatten(0, 1))
-        flat = [t.flatten(0, 1) for t in views]
-        out = _batched(hook, level, at, p, buckets.adapters, False, flat)
-        out = _torch.unflatten(out, 0, (views[0].shape[0], size))
+        moved = flat if buckets.take is None else [t.index_select(0, buckets.take) for t in flat]
+        if mask is not None:
+            mask = mask.flatten(0, 1) if by_token else mask
+            layer = with_mask(layer, mask if buckets.take is None else mask.index_select(0, buckets.take))
+        out = _batched(hook, level, layer, p, buckets.adapters, False, moved)
         if buckets.back is not None:
             out = out.index_select(0, buckets.back)
-        return out if buckets.skipped is None else torch.where(buckets.skipped.view(-1, *(1,) * (y.ndim - 1)), y, out)
+        if buckets.skipped is not None:
+            out = torch.where(buckets.skipped.view(-1, *(1,) * (out.ndim - 1)), flat[-1], out)
+        return _torch.unflatten(out, 0, x.shape[:2]) if by_token else out
 
     # -- what follows from the index, once a call -------------------------------------------------------
 
@@ -340,11 +341,11 @@ class Rows:
         values = self.values()
         return len(values) == self.n and values == list(range(self.n))
 
-    def buckets(self) -> Buckets:
-        """The rows of each adapter, padded to equal numbers."""
-        if "buckets" in self._cache:
-            return self._cache["buckets"]
-        values = self.values()
+    def buckets(self, size: int) -> Buckets:
+        """The rows of each adapter, padded to equal numbers, where each entry of the index is for `size` rows."""
+        if ("buckets", size) in self._cache:
+            return self._cache["buckets", size]
+        values = [adapter for adapter in self.values() for _ in range(size)]
         rows: dict[int, list[int]] = {}
         for row, adapter in enumerate(values):
             if adapter >= 0:
@@ -364,12 +365,12 @@ class Rows:
         def unless_in_order(wanted: list[int], count: int) -> Tensor | None:
             return None if wanted == list(range(count)) else torch.tensor(wanted, device=device)
 
-        self._cache["buckets"] = made = Buckets(
+        self._cache["buckets", size] = made = Buckets(
             len(adapters) if rows else 0,
             unless_in_order(adapters, self.n),
             unless_in_order(take, len(values)),
             unless_in_order(back, len(take)),
-            torch.tensor([v < 0 for v in values], device=device) if min(values) < 0 else None,
+            torch.tensor([v < 0 for v in values], device=device) if min(values, default=0) < 0 else None,
         )
         return made
 

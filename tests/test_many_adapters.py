@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 import funcadapt as fa
 from funcadapt.config import AdapterConfig
 from funcadapt.method import Draw, Fresh, Leaf, Method
+from funcadapt.rows import choose
 from funcadapt.sites import Site
 
 pytestmark = [
@@ -1343,3 +1344,35 @@ def test_adapters_in_float32_around_a_model_in_bfloat16() -> None:
         out = fa.functional_call(model, many, (x,))
         assert out.dtype == expected.dtype == torch.bfloat16
         torch.testing.assert_close(out, expected, rtol=0, atol=2 * 2**-8 * expected.abs().max().item())
+
+
+# -- the chooser ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shapes", "how"),
+    [
+        ((16, 1, 16, 9216, 1152), "sort"),  # decoding: the adapters are not copied, the few tokens are
+        ((16, 64, 16, 9216, 1152), "gather"),  # prefill: copying an adapter is cheaper than moving its tokens
+        ((512, 1, 4, 9216, 1152), "sort"),  # many rows, few adapters
+        ((4, 1, 2, 64, 16), "gather"),  # nothing matters but the number of operations
+    ],
+)
+def test_the_execution_follows_from_shapes(shapes: tuple[int, ...], how: str) -> None:
+    groups, size, n, numbers, width = shapes
+    assert choose(groups, size, n, numbers, width, masked=True, static=False) == how
+    static = choose(groups, size, n, numbers, width, masked=True, static=True)
+    assert static != "sort"  # it looks at values
+    assert choose(groups, size, n, numbers, width, masked=False, static=True) == "gather"
+
+
+def test_one_adapter_with_most_rows_is_not_padded_for() -> None:
+    """The others' buckets would be as large as its own."""
+    model = nn.Sequential(nn.Linear(64, 64)).double()
+    adapters = [lora(model, "0", seed=i) for i in range(8)]
+    index = torch.tensor([0] * 57 + [1, 2, 3, 4, 5, 6, 7])
+    x = torch.randn(64, 64, dtype=torch.float64)
+    expected = torch.cat([fa.functional_call(model, adapters[i], (x[r : r + 1],)) for r, i in enumerate(index)])
+    for how in (None, "sort"):
+        out = fa.functional_call(model, fa.routed(fa.stack(adapters), index, how=how), (x,))
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
