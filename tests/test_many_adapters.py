@@ -1354,8 +1354,9 @@ def test_adapters_in_float32_around_a_model_in_bfloat16() -> None:
     [
         ((16, 1, 16, 9216, 1152), "sort"),  # decoding: the adapters are not copied, the few tokens are
         ((16, 64, 16, 9216, 1152), "gather"),  # prefill: copying an adapter is cheaper than moving its tokens
-        ((512, 1, 4, 9216, 1152), "sort"),  # many rows, few adapters
-        ((4, 1, 2, 64, 16), "gather"),  # nothing matters but the number of operations
+        ((512, 1, 64, 9216, 1152), "sort"),  # many rows for each adapter
+        ((512, 1, 4, 9216, 1152), "masked"),  # few adapters: one product with all of them
+        ((4, 1, 1000, 9216, 1152), "gather"),  # of many adapters only the few that are used are touched
     ],
 )
 def test_the_execution_follows_from_shapes(shapes: tuple[int, ...], how: str) -> None:
