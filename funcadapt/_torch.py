@@ -54,6 +54,11 @@ def in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
+def values_unknown() -> bool:
+    """Whether tensors may hide their values: while dynamo traces, and under `torch.func`."""
+    return is_compiling() or in_functorch()
+
+
 def in_reentrant_checkpoint() -> bool:
     """Whether the caller runs inside the forward pass of a reentrant `torch.utils.checkpoint`.
 

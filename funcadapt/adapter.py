@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from funcadapt import _torch
 from funcadapt.config import AdapterConfig, config_from_dict, freeze
+from funcadapt.pytrees import register_pytree
 
 Leaves = Mapping[str, Tensor]
 """The named tensors at one site, e.g. `{"lora_A": (r, in), "lora_B": (out, r)}`."""
@@ -173,23 +173,9 @@ def _flatten(adapter: Adapter) -> tuple[list[Any], Context]:
     return [adapter.params, adapter.buffers], (adapter.config, adapter.members)
 
 
-def _flatten_with_keys(adapter: Adapter) -> tuple[list[tuple[Any, Any]], Context]:
-    keys = [_torch.GetAttrKey("params"), _torch.GetAttrKey("buffers")]
-    children, context = _flatten(adapter)
-    return list(zip(keys, children, strict=True)), context
-
-
 def _unflatten(children: Any, context: Context) -> Adapter:
     params, buffers = children
     return Adapter(params, buffers, *context)
-
-
-def _flatten_with_entries(adapter: Adapter) -> tuple[list[Any], Context, tuple[str, str]]:
-    return *_flatten(adapter), ("params", "buffers")
-
-
-def _unflatten_optree(context: Context, children: Any) -> Adapter:
-    return _unflatten(children, context)
 
 
 def _dump_context(context: Context) -> str:
@@ -202,21 +188,5 @@ def _load_context(text: str) -> Context:
     return config_from_dict(config), members and Members.from_dict(members)
 
 
-_torch.add_safe_globals([Adapter, Members])  # `torch.export.load` reads an exported program's example inputs
-_torch.register_pytree_node(
-    Adapter,
-    _flatten,
-    _unflatten,
-    serialized_type_name="funcadapt.Adapter",
-    to_dumpable_context=_dump_context,
-    from_dumpable_context=_load_context,
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-_optree: Any = optree  # its types want a Collection
-_optree.register_pytree_node(
-    Adapter,
-    _flatten_with_entries,
-    _unflatten_optree,
-    path_entry_type=optree.GetAttrEntry,
-    namespace=_optree.registry.__GLOBAL_NAMESPACE,
-)
+_torch.add_safe_globals([Members])
+register_pytree(Adapter, ["params", "buffers"], _flatten, _unflatten, _dump_context, _load_context)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
@@ -141,7 +140,7 @@ def _sweep(
     from funcadapt.methods.lora import LoraConfig
     from funcadapt.recipes.language import perplexity
     from funcadapt.recipes.pretrained import load_pretrained, optional
-    from funcadapt.recipes.texts import python_texts
+    from funcadapt.recipes.texts import python_texts, windows
 
     console = optional("rich.console").Console()
     if file is None:
@@ -156,8 +155,8 @@ def _sweep(
     )
     console.print("Reading the model (the first time, it is downloaded and converted) ...")
     model, tokenizer = load_pretrained(model_name)
-    ids = _windows(train, tokenizer, examples, length, seed, least=batch)
-    others = _windows(test, tokenizer, held_out, length, seed, least=1)
+    ids = windows(train, tokenizer, count=examples, length=length, seed=seed, least=batch)
+    others = windows(test, tokenizer, count=held_out, length=length, seed=seed, least=1)
     console.print(
         f"{len(trials)} trials of {steps} steps, {batch} x {length} tokens each, from {len(ids)} windows; "
         f"{len(others)} are held out"
@@ -216,21 +215,6 @@ def _documents(place: Path) -> tuple[list[str], list[str]]:
         cut = len(documents[0]) * 4 // 5
         return [documents[0][:cut]], [documents[0][cut:]]
     return [d for i, d in enumerate(documents) if i % 5 != 1], [d for i, d in enumerate(documents) if i % 5 == 1]
-
-
-def _windows(documents: list[str], tokenizer: Any, count: int, length: int, seed: int, least: int) -> Any:
-    """At most `count` windows of `length` tokens, none over two documents, drawn without replacement."""
-    import torch
-
-    from funcadapt.recipes.texts import TextTooShortError
-
-    rows: list[list[int]] = []
-    for document in documents:
-        ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        rows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    if len(rows) < least:
-        raise TextTooShortError(f"the text fills only {len(rows)} windows of {length} tokens, and {least} are needed")
-    return torch.tensor(random.Random(seed).sample(rows, min(count, len(rows))))
 
 
 def main() -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from funcadapt import _torch
 from funcadapt.adapter import Adapter
 from funcadapt.errors import AdapterError
 from funcadapt.method import method_of
+from funcadapt.pytrees import register_pytree
 from funcadapt.rows import HOW, Rows
 from funcadapt.stacking import size
 
@@ -161,7 +161,7 @@ def routed(stack: Adapter, index: Tensor | Sequence[int], *, how: str | None = N
     if index.ndim not in (1, 2):
         raise AdapterError(f"routed: the index must be (rows) or (rows, tokens), got shape {tuple(index.shape)}.")
     may_skip = True
-    if not (_torch.is_compiling() or _torch.in_functorch()) and index.numel():
+    if not _torch.values_unknown() and index.numel():
         low, high = int(index.min()), int(index.max())
         if low < -1 or high >= n:
             raise AdapterError(
@@ -193,36 +193,5 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value  # pyright: ignore
 
 
-def _register(cls: type[Any], names: Sequence[str], flatten: Callable[..., Any], unflatten: Callable[..., Any]) -> None:
-    def flatten_with_keys(value: Any) -> Any:
-        children, context = flatten(value)
-        return [(_torch.GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], context
-
-    def flatten_with_entries(value: Any) -> Any:
-        return *flatten(value), tuple(names)
-
-    def from_optree(context: Any, children: Any) -> Any:
-        return unflatten(children, context)
-
-    _torch.add_safe_globals([cls])
-    _torch.register_pytree_node(
-        cls,
-        flatten,
-        unflatten,
-        serialized_type_name=f"funcadapt.{cls.__name__}",
-        to_dumpable_context=list,
-        from_dumpable_context=_tuples,
-        flatten_with_keys_fn=flatten_with_keys,
-    )
-    registry: Any = optree  # its types want a Collection
-    registry.register_pytree_node(
-        cls,
-        flatten_with_entries,
-        from_optree,
-        path_entry_type=optree.GetAttrEntry,
-        namespace=registry.registry.__GLOBAL_NAMESPACE,
-    )
-
-
-_register(Grouped, ["stack"], _grouped_children, _grouped_from)
-_register(Routed, ["stack", "index"], _routed_children, _routed_from)
+register_pytree(Grouped, ["stack"], _grouped_children, _grouped_from, list, _tuples)
+register_pytree(Routed, ["stack", "index"], _routed_children, _routed_from, list, _tuples)

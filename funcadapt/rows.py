@@ -154,7 +154,7 @@ class Rows:
         if x.ndim > 1 and not square:
             return
         alike = [t for t in self._ids if t.numel() == x.numel() and t.shape[0] == self.total]
-        if square and not (self.compiling or _torch.in_functorch()):
+        if square and not _torch.values_unknown():
             alike = [t for t in alike if torch.equal(t.reshape(x.shape), x)]
         if not alike:
             raise AdapterError(
@@ -249,7 +249,7 @@ class Rows:
         how, method = self.how, level.method
         if how is None:
             masked = method.masked is not None and hook is method.after
-            static = _torch.is_compiling() or _torch.in_functorch()
+            static = _torch.values_unknown()
             numbers = sum(leaf.numel() for leaf in level.p.values()) // self.n
             width = layer.site.in_features + layer.site.out_features
             size = tensors[-1].numel() // (count * (layer.site.out_features if len(tensors) == 2 else x.shape[-1]) or 1)
@@ -324,7 +324,7 @@ class Rows:
     def values(self) -> list[int]:
         """The index as numbers."""
         assert self.index is not None
-        if _torch.is_compiling() or _torch.in_functorch():
+        if _torch.values_unknown():
             raise AdapterError(
                 "how='sort' looks at the values of the index, which torch.compile and torch.func do not know. Use "
                 "how='gather' or 'masked' there, or leave how out."
@@ -336,7 +336,7 @@ class Rows:
 
     def _in_order(self) -> bool:
         """Whether row i uses adapter i, of as many: then nothing has to be gathered."""
-        if _torch.is_compiling() or _torch.in_functorch():
+        if _torch.values_unknown():
             return False
         values = self.values()
         return len(values) == self.n and values == list(range(self.n))

@@ -71,7 +71,7 @@ class Split:
             raise AdapterError(f"{self.path!r} has grouped or routed adapters, but was called without a tensor.")
         _check_plain(self.path, (args, kwargs))
         count = first.shape[0]
-        if all(rows.index is None for rows in self.rows) or not _static():
+        if all(rows.index is None for rows in self.rows) or not _torch.values_unknown():
             parts, order = self._parts(count)
             _check_unambiguous(self.path, self.module, first, (args, kwargs))
             taken = [_take(self.module, count, part, args, kwargs) for _, part in parts]
@@ -166,10 +166,6 @@ class Split:
                 f"{self.path!r} is run adapter by adapter, and for {rows} rows it returned a tensor of shape "
                 f"{tuple(out.shape)}: outputs without the axis of rows cannot be put together."
             )
-
-
-def _static() -> bool:
-    return _torch.is_compiling() or _torch.in_functorch()
 
 
 def _size(part: slice | Tensor) -> int:

@@ -353,8 +353,8 @@ def pile(row: Sequence[Tensor], share: bool = False) -> Tensor:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
-    if _torch.is_compiling() or _torch.in_functorch():
-        return False  # the values are not known
+    if _torch.values_unknown():
+        return False
     return a.shape == b.shape and torch.equal(a, b)
 
 

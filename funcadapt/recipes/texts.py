@@ -111,7 +111,9 @@ def characters() -> Text:
     return Text("characters", "table of HTML entities", tuple(train), tuple(held_out))
 
 
-def windows(documents: Sequence[str], tokenizer: Any, *, count: int, length: int, seed: int) -> Tensor:
+def windows(
+    documents: Sequence[str], tokenizer: Any, *, count: int, length: int, seed: int, least: int | None = None
+) -> Tensor:
     """Cuts documents into windows of equally many tokens, and draws some of them.
 
     No window spans two documents, and no two windows overlap.
@@ -122,9 +124,10 @@ def windows(documents: Sequence[str], tokenizer: Any, *, count: int, length: int
         count: how many windows to draw, without replacement.
         length: the number of tokens in each.
         seed: determines which windows are drawn, and their order.
+        least: how many are enough, where there are fewer than `count`; by default all are needed.
 
     Returns:
-        The token ids, `(count, length)`.
+        The token ids, `(count, length)`, or as many windows as there are.
 
     Raises:
         TextTooShortError: if the documents do not fill that many windows.
@@ -133,9 +136,10 @@ def windows(documents: Sequence[str], tokenizer: Any, *, count: int, length: int
     for document in documents:
         ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         rows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    if len(rows) < count:
-        raise TextTooShortError(f"the text fills only {len(rows)} windows of {length} tokens, and {count} are needed")
-    return torch.tensor(random.Random(seed).sample(rows, count))
+    needed = count if least is None else least
+    if len(rows) < needed:
+        raise TextTooShortError(f"the text fills only {len(rows)} windows of {length} tokens, and {needed} are needed")
+    return torch.tensor(random.Random(seed).sample(rows, min(count, len(rows))))
 
 
 def _source(name: str) -> str:
