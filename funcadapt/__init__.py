@@ -41,5 +41,7 @@ from funcadapt.stacking import select as select
 from funcadapt.stacking import stack as stack
 from funcadapt.stacking import unstack as unstack
 from funcadapt.targeting import sites as sites
+from funcadapt.view import dematerialize as dematerialize
+from funcadapt.view import materialize as materialize
 
 __version__ = version("funcadapt")

@@ -17,7 +17,7 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, TargetError, did_you_mean
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of
-from funcadapt.sites import Site, SiteTable
+from funcadapt.sites import Site
 from funcadapt.targeting import is_saved, model_type, names_match, sites, whole_names
 
 Trees = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]
@@ -110,6 +110,34 @@ def init_with_base(
     """
     table = sites(model, config, expect=expect)  # of the given config: a default's names may be unused
     config = _with_name(config.for_model(model_type(model)), model)
+    return initialise(model, config, table, lambda site, at: _draw(site, seed, dtype, device), device=device)
+
+
+def initialise(
+    model: nn.Module,
+    config: AdapterConfig,
+    table: Sequence[Site],
+    draw_of: Callable[[Site, Any], Draw],
+    *,
+    device: torch.device | str | None = None,
+    strict: bool = True,
+) -> tuple[Adapter, dict[str, Tensor]]:
+    """A new adapter at given sites.
+
+    Args:
+        model: the model, not changed.
+        config: the config, with the model's defaults filled in.
+        table: the sites.
+        draw_of: (site, the config at it) -> where its numbers come from.
+        device: device of the parameters that the adapter holds in full.
+        strict: whether a name in `modules_to_save` that matches nothing is an error.
+
+    Returns:
+        As `init_with_base`.
+
+    Raises:
+        TargetError: as in `init`.
+    """
     method = method_of(config)
     params: dict[str, dict[str, Tensor]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
@@ -117,14 +145,13 @@ def init_with_base(
     for site in table:
         at, module = config.at(site.path), model.get_submodule(site.owner)
         layer = Layer(site, module, at)
-        draw = _draw(site, seed, dtype, device)
-        fresh = method.init(site, at, draw, lambda layer=layer: layer.weight.detach())
+        fresh = method.init(site, at, draw_of(site, at), lambda layer=layer: layer.weight.detach())
         corrected = method.residual(at, {**fresh.params, **fresh.buffers}, layer.weight.detach())
         if corrected is not None:
             base[site.weight_name] = layer.stored(corrected)
         fresh = _without_single_expert_axis(site, fresh)
         params[site.path], buffers[site.path] = dict(method.layout(fresh.params)), fresh.buffers
-    _whole_parameters(model, config, table, (params, buffers), device)
+    _whole_parameters(model, config, table, (params, buffers), device, strict)
     _token_rows(model, config, (params, buffers), device)
     if not params:
         raise TargetError("The config selects nothing to train.")
@@ -166,8 +193,8 @@ def expected_shapes(site: Site, method: Method, config: Any, p: Leaf) -> dict[st
     """
     at = config.at(site.path)
     rank = config.rank(p)
-    if rank and hasattr(at, "r"):
-        at = dataclasses.replace(at, r=rank)
+    if rank and hasattr(at, method.rank_field):
+        at = dataclasses.replace(at, **{method.rank_field: rank})
     draw = Draw(None, site.dtype, torch.device("meta"))
     abstract: Callable[[], Tensor] = lambda: torch.empty(*site.stack, *site.shape, device="meta")  # noqa: E731
     return {name: tuple(leaf.shape) for name, leaf in method.init(site, at, draw, abstract).params.items()}
@@ -178,12 +205,12 @@ def _copy(tensor: Tensor, device: torch.device | str | None) -> Tensor:
 
 
 def _whole_parameters(
-    model: nn.Module, config: Any, table: SiteTable, trees: Trees, device: torch.device | str | None
+    model: nn.Module, config: Any, table: Sequence[Site], trees: Trees, device: torch.device | str | None, strict: bool
 ) -> None:
     """`modules_to_save` and `bias`: parameters that the adapter holds in full, as copies of the model's."""
     params, buffers = trees
     saved: Sequence[str] = getattr(config, "modules_to_save", None) or ()
-    for name in saved:
+    for name in saved if strict else ():
         if not any(path and is_saved_by(name, path) for path, _ in named_modules(model)):
             raise TargetError(
                 f"modules_to_save names {name!r}, which matches no module."

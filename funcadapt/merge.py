@@ -98,7 +98,7 @@ def merge(
                 "Pass tied='untie' to give them separate weights, or tied='share' to change both."
             )
         old_bias = now(bias_name) if bias_name else None
-        weight, bias = _merge_levels(levels, Layer(site, module, levels[0].config), now(name), old_bias)
+        weight, bias = merge_levels(levels, Layer(site, module, levels[0].config), now(name), old_bias)
         for other in others:
             if tied == "share":
                 merged[other] = weight
@@ -114,8 +114,18 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _merge_levels(levels: list[Level], layer: Layer, stored: Tensor, bias: Tensor | None) -> Dense:
-    """The merged weight as stored, and the merged bias if it changed; accumulated in float32 or wider."""
+def merge_levels(levels: list[Level], layer: Layer, stored: Tensor, bias: Tensor | None) -> Dense:
+    """Adapters merged into one weight, accumulated in float32 or wider.
+
+    Args:
+        levels: the adapters, the first innermost.
+        layer: the layer.
+        stored: its weight, as stored.
+        bias: its bias, or None.
+
+    Returns:
+        The merged weight as stored, and the merged bias if it changed.
+    """
     wide = torch.promote_types(stored.dtype, torch.float32)
     weight, first_bias = layer.canonical(stored).to(wide), None if bias is None else bias.to(wide)
     for level in levels:

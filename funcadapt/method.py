@@ -23,12 +23,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, did_you_mean
 
 if TYPE_CHECKING:
+    from funcadapt.combining import Algebra
     from funcadapt.layer import Layer
     from funcadapt.sites import Site
 
@@ -113,7 +114,60 @@ def _second(config: Any, leaves: Leaf) -> Leaf:
     return leaves
 
 
-@dataclasses.dataclass(frozen=True)
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """How a method looks as PEFT's in-place module (`fa.materialize`): names, and nothing that computes.
+
+    Methods that share a config class share a view. Every leaf is held under the key that it has in a checkpoint, with
+    the adapter's name after the first part: "lora_A.weight" is `lora_A.default.weight`, an entry of a ModuleDict;
+    "ia3_l" is `ia3_l.default`, an entry of a ParameterDict, or of a BufferDict if the leaf is a buffer.
+
+    Attributes:
+        package: the package under `peft.tuners`, "lora".
+        name: what its classes are called after: "Lora" for LoraLayer, LoraModel, LoraConfig.
+        prefix: what the names of its parts begin with, "lora_".
+        containers: the names of the dicts in the order in which they print.
+        classes: layer kind -> class name; by default "Linear", "Embedding", "Conv2d" and so on.
+        label: what a layer prints before its class name.
+        held: leaf -> name in a module, where it is another than in a checkpoint.
+        frozen: leaves that are held as frozen parameters.
+        buffers: leaves that are held as buffers.
+        derived: the 0-d leaves that follow from the config and are a dict of numbers on the layer: "scaling".
+        dropout: the config field with the rate of dropout, also the name of the dict of dropout modules.
+        attributes: config fields that are dicts by adapter name on the layer, too: "r", "lora_alpha".
+        entries: dict -> what its entries print, where they are no layers.
+        holder: (site, base layer, container, leaves by the rest of their names) -> the entry of a ModuleDict; None for
+            a plain Linear.
+        warm: (site, config, draw): draws what PEFT's constructors draw from torch's generator before the init does, so
+            that a seed gives the numbers that it gives in PEFT.
+        tuner: functions that the tuner model has in addition, by name: (tuner, ...) -> anything.
+        loss: (model, adapter name) -> what PEFT adds to the loss of a model's output, or None.
+    """
+
+    package: str
+    name: str
+    prefix: str
+    containers: tuple[str, ...] = ()
+    classes: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    label: str = ""
+    held: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    frozen: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
+    derived: tuple[str, ...] = ()
+    dropout: str = ""
+    attributes: tuple[str, ...] = ()
+    entries: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    holder: Callable[[Site, nn.Module, str, Mapping[str, Tensor]], nn.Module | None] = _nothing
+    warm: Callable[[Site, Any, Draw], None] = _nothing
+    tuner: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict[str, Callable[..., Any]])
+    loss: Callable[[nn.Module, str], Tensor | None] = _nothing
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """An adapter method: pure functions and the names of its leaves.
 
@@ -130,6 +184,8 @@ class Method:
             yes wins, the ones registered with a `when` before the ones without.
         buffers: the 0-d leaves that follow from the config (LoRA's scaling). They are not in checkpoints.
         describe: the config that the leaves say, e.g. after a sweep changed a scaling. Used when saving.
+        stored: (config, path, leaves of one site) -> those that a checkpoint of that config holds in another form, such
+            as less the rows that AdaLoRA pruned. None if it holds all as they are.
         check: raises SiteError if the leaves of one site, read from a file, are incomplete or do not fit the config
             or each other.
         layout: the same leaves in the memory layout in which the hooks are fastest. Applied when they are made or read.
@@ -139,6 +195,7 @@ class Method:
         residual: for an init that takes a part out of the base weight (PiSSA): the corrected weight. None otherwise.
         reads: the config fields that the hooks read (dropout left out), which must agree among stacked adapters; None
             for all but the patterned ones.
+        rank_field: the config field that says the rank, if there is one.
         with_rank: (leaves of one site, their rank, another one) -> the leaves padded with zeros to a larger rank, or
             cut to a smaller one, for stacking: a padded adapter acts exactly as it did. None if that cannot be.
         neutral: leaves of the shapes of given ones that change nothing, for stacking adapters on different sites. None
@@ -149,6 +206,8 @@ class Method:
             (N, ...), `choice` (groups, N) of x's dtype with at most one 1 for a group, none being the bare layer. May
             return NotImplemented.
         constant_in_gradient: leaves whose gradient leaves out a term by the method's design (DoRA's norm).
+        algebra: how adapters of the method are scaled and combined (`fa.combine`); None if they cannot be.
+        view: how it looks as PEFT's in-place module; by default as its keys say.
     """
 
     name: str
@@ -162,6 +221,7 @@ class Method:
     when: Callable[[Any], bool] = _always
     buffers: Callable[[Any], dict[str, Tensor]] = _no_buffers
     describe: Callable[[Any, Mapping[str, Leaf]], Any] = _keep
+    stored: Callable[[Any, str, Leaf], Leaf] | None = None
     check: Callable[[Any, str, Leaf], None] = _accept
     layout: Callable[[Leaf], Leaf] = _identity
     pack: Callable[[Leaf], Leaf] = _identity
@@ -169,11 +229,14 @@ class Method:
     dropout: Callable[[Any], float] = lambda config: 0.0
     residual: Callable[[Any, Leaf, Tensor], Tensor | None] = lambda config, p, weight: None
     reads: frozenset[str] | None = None
+    rank_field: str = "r"
     with_rank: Callable[[Leaf, int, int], Leaf] | None = None
     neutral: Callable[[Leaf], Leaf] | None = None
     grouped: AfterFn | None = None
     masked: MaskedFn | None = None
     constant_in_gradient: frozenset[str] = frozenset()
+    algebra: Algebra | None = None
+    view: View | None = None
 
 
 class Draw:

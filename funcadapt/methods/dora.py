@@ -119,6 +119,7 @@ METHOD = register(
         dropout=lora.METHOD.dropout,
         reads=lora.METHOD.reads,
         with_rank=lora.with_rank,
+        view=lora.VIEW,
         constant_in_gradient=frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}),
     )
 )

@@ -25,7 +25,7 @@ from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError, TargetError
 from funcadapt.layer import Layer
-from funcadapt.method import Draw, Fresh, Leaf, Method, register
+from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
 
 
@@ -128,6 +128,12 @@ def check(config: IA3Config, path: str, p: Leaf) -> None:
         raise SiteError(f"The site {path!r} has ia3_l of shape {tuple(shape)}, expected (out, 1) or (1, in).")
 
 
+def warm(site: Site, config: IA3Config, draw: Draw) -> None:
+    """PEFT draws the vectors before it sets them to one."""
+    if config.init_ia3_weights:
+        init(site, dataclasses.replace(config, init_ia3_weights=False), draw, lambda: draw.zeros())
+
+
 METHOD = register(
     Method(
         name="ia3",
@@ -143,5 +149,6 @@ METHOD = register(
         check=check,
         reads=frozenset({"feedforward_modules"}),
         neutral=lambda p: {name: torch.ones_like(leaf) for name, leaf in p.items()},
+        view=View("ia3", "IA3", "ia3_", warm=warm),
     )
 )

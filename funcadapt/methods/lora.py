@@ -26,13 +26,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from funcadapt import lowrank
 from funcadapt._torch import fork_rng, linalg, unflatten
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
-from funcadapt.method import Draw, Fresh, Leaf, Method, register
+from funcadapt.lowrank import factor_names, factors, has_experts
+from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
 
 KINDS = frozenset({"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"})
@@ -209,7 +211,8 @@ def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor
     if config.lora_bias and kind == "mha" and not site.bias:
         raise SiteError(f"lora_bias=True needs a bias at {site.path!r}, which is applied through its weight.")
     if config.lora_bias:
-        params["lora_B_bias"] = draw.zeros(*experts, site.out_features)
+        shape = (*experts, site.out_features)
+        params["lora_B_bias"] = draw.uniform(*shape, bound=math.sqrt(site.groups / r)) if how is False else draw.zeros(*shape)
     return Fresh(params, scaling)
 
 
@@ -250,13 +253,6 @@ def _factors(
 
 
 _PRODUCTS = frozenset({"linear", "hf_conv1d"})  # kinds whose forward is one product, over rows of any number
-
-
-def factors(p: Leaf) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and the scaling."""
-    if "lora_A" in p:
-        return p["lora_A"], p["lora_B"], p["scaling"]
-    return p["lora_embedding_A"], p["lora_embedding_B"], p["scaling"]
 
 
 def add_delta(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
@@ -389,19 +385,19 @@ def layout(p: Leaf) -> Leaf:
         p: the leaves.
 
     Returns:
-        The leaves, `lora_B` copied if it is 2-D.
+        The leaves, `lora_B` copied if it is 2-D and not stored so.
     """
     b = p.get("lora_B")
     if b is None or b.ndim != 2:
         return p
-    return {**p, "lora_B": torch.empty_strided(b.shape, (1, b.shape[0]), dtype=b.dtype, device=b.device).copy_(b)}
+    return {**p, "lora_B": b.t().contiguous().t()}
 
 
 def with_rank(p: Leaf, old: int, r: int) -> Leaf:
     """A with zero rows and B with zero columns up to rank r, or both cut to it; in each group of a convolution."""
-    name_a, name_b = ("lora_A", "lora_B") if "lora_A" in p else ("lora_embedding_A", "lora_embedding_B")
+    name_a, name_b = factor_names(p)
     a, b = p[name_a], p[name_b]
-    axis = int(a.ndim == 3 and a.shape[:2] == (b.shape[0], b.shape[2]) and a.shape[1] == old)  # experts come first
+    axis = int(has_experts(a, b, old))  # experts come first
     groups = a.shape[axis] // b.shape[axis + 1]
     if r % groups:
         raise SiteError(f"A convolution of {groups} groups cannot have rank {r}.")
@@ -516,6 +512,55 @@ def describe(config: LoraConfig, leaves: Mapping[str, Leaf]) -> LoraConfig:
     return dataclasses.replace(config, r=r, lora_alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas)
 
 
+_CONV = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+def holder(site: Site, base: nn.Module, container: str, parts: Mapping[str, Tensor]) -> nn.Module | None:
+    """The convolutions that hold A and B in the in-place view; None for linear layers."""
+    weight = parts["weight"]
+    if weight.ndim not in _CONV or container == "lora_magnitude_vector":
+        return None
+    conv: Any = _CONV[weight.ndim]
+    like: Any = base
+    options: dict[str, Any] = {"device": "meta", "bias": "bias" in parts}
+    if container == "lora_A":
+        made = conv(weight.shape[1], weight.shape[0], weight.shape[2:], like.stride, like.padding, **options)
+    else:
+        made = conv(weight.shape[1] * site.groups, weight.shape[0], weight.shape[2:], groups=site.groups, **options)
+    for name, value in parts.items():
+        setattr(made, name, nn.Parameter(value))
+    return made
+
+
+def warm(site: Site, config: LoraConfig, draw: Draw) -> None:
+    """PEFT builds A and B as layers, which draw their own init, before it draws A again."""
+    if config.init_lora_weights is False:
+        return  # they stay as they are, and `init` draws the same
+    r, spatial = config.r, site.shape[2:]
+    if site.kind == "embedding":
+        draw.normal(r, site.in_features), draw.normal(site.out_features, r)
+        return
+    fan_in, rows = site.in_features * math.prod(spatial), r * max(1, site.experts)
+    draw.uniform(rows, fan_in, bound=1.0), draw.uniform(site.out_features, rows // site.groups, bound=1.0)
+    if config.lora_bias:
+        draw.uniform(site.out_features, bound=1.0)
+
+
+VIEW = View(
+    package="lora",
+    name="Lora",
+    prefix="lora_",
+    containers=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    label="lora.",
+    held={"lora_magnitude_vector": "lora_magnitude_vector.weight"},
+    derived=("scaling",),
+    dropout="lora_dropout",
+    attributes=("r", "lora_alpha", "use_dora", "use_rslora", "lora_bias"),
+    entries={"lora_magnitude_vector": "lora.dora.DoraLinearLayer"},
+    holder=holder,
+    warm=warm,
+)
+
 METHOD = register(
     Method(
         name="lora",
@@ -544,5 +589,7 @@ METHOD = register(
         neutral=neutral,
         grouped=grouped,
         masked=masked,
+        algebra=lowrank.ALGEBRA,
+        view=VIEW,
     )
 )

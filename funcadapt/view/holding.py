@@ -1,0 +1,187 @@
+"""How the leaves of one adapter are held in a module: PEFT's names in a state dict.
+
+A key of a checkpoint, "lora_A.weight", becomes `lora_A.<adapter>.weight`: the entry of a ModuleDict. A key of one part,
+"ia3_l", becomes `ia3_l.<adapter>`: the entry of a ParameterDict, or of a BufferDict.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcadapt.method import Method, View, methods
+from funcadapt.sites import Site
+from funcadapt.view.buffer_dict import BufferDict
+
+
+class Address(NamedTuple):
+    """Where a leaf is held: `container.<adapter>.rest`, or `container.<adapter>`."""
+
+    leaf: str
+    container: str
+    rest: str
+
+
+@functools.cache
+def view_of(method: Method) -> View:
+    """A method's view: its own, or what follows from its config and its keys.
+
+    Args:
+        method: the method.
+
+    Returns:
+        The view.
+
+    Example:
+        >>> import funcadapt as fa
+        >>> view_of(fa.method_of(fa.IA3Config())).prefix
+        'ia3_'
+    """
+    if method.view is not None:
+        return method.view
+    named = next((m for m in methods() if m.config is method.config and m.view is not None), None)
+    if named is not None:
+        assert named.view is not None
+        return named.view
+    name = method.config.__name__.removesuffix("Config")
+    common = os.path.commonprefix([f"{key}_" for key in method.keys.values()])
+    prefix = common[: common.rfind("_") + 1] or f"{method.name}_"
+    return View(package=method.config.peft_type.lower(), name=name, prefix=prefix)
+
+
+@functools.cache
+def addresses(method: Method) -> tuple[Address, ...]:
+    """Where each leaf of a method is held."""
+    view = view_of(method)
+    names = {**method.keys, **{leaf: held for leaf, held in view.held.items() if leaf in method.keys}}
+    names |= {leaf: view.held.get(leaf, leaf) for leaf in view.frozen | view.buffers if leaf not in names}
+    return tuple(Address(leaf, name.partition(".")[0], name.partition(".")[2]) for leaf, name in names.items())
+
+
+def family_addresses(view: View) -> list[Address]:
+    """The addresses of all methods that share a view, in the order in which the dicts print."""
+    found = dict.fromkeys(a for method in methods() if view_of(method) is view for a in addresses(method))
+    order = {name: i for i, name in enumerate(view.containers)}
+    return sorted(found, key=lambda a: order.get(a.container, len(order)))
+
+
+def new_containers(view: View) -> dict[str, nn.Module]:
+    """The empty dicts of a layer, by name."""
+    made: dict[str, nn.Module] = {}
+    for leaf, container, rest in family_addresses(view):
+        if container not in made:
+            plain = BufferDict(persistent=True) if leaf in view.buffers else nn.ParameterDict()
+            made[container] = nn.ModuleDict() if rest else plain
+    return made
+
+
+class Entry(nn.Module):
+    """The entry of a ModuleDict that is no layer: it only holds parameters."""
+
+    def __init__(self, label: str = "") -> None:
+        super().__init__()
+        self._label = label
+
+    def _get_name(self) -> str:
+        return self._label or "Entry"
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """An `nn.Linear` that holds given values, without drawing others first."""
+    made = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(made)
+    made.out_features, made.in_features = weight.shape
+    made.register_parameter("weight", nn.Parameter(weight))
+    made.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    return made
+
+
+def entry_of(view: View, site: Site, base: nn.Module, container: str, parts: Mapping[str, Tensor]) -> nn.Module:
+    """The entry of a ModuleDict for the leaves in it.
+
+    Args:
+        view: the method's view.
+        site: the site.
+        base: the layer that is wrapped.
+        container: the dict's name.
+        parts: the rest of each leaf's name -> value.
+
+    Returns:
+        The module.
+    """
+    made = view.holder(site, base, container, parts)
+    if made is not None:
+        return made
+    weight = parts.get("weight")
+    if weight is not None and weight.ndim == 2 and parts.keys() <= {"weight", "bias"}:
+        return linear(weight, parts.get("bias"))
+    made = Entry(view.entries.get(container, ""))
+    for name, value in parts.items():
+        owner: nn.Module = made
+        *path, last = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, Entry())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(last, nn.Parameter(value))
+    return made
+
+
+def put(layer: nn.Module, method: Method, site: Site, base: nn.Module, name: str, leaves: Mapping[str, Tensor]) -> None:
+    """Make the entries of an adapter in the dicts of a layer.
+
+    Args:
+        layer: the layer.
+        method: the adapter's method.
+        site: the site.
+        base: the layer that is wrapped.
+        name: the adapter's name.
+        leaves: the values; they become parameters (or buffers) as they are, without a copy.
+    """
+    view = view_of(method)
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for leaf, container, rest in addresses(method):
+        if leaf not in leaves:
+            continue
+        if rest:
+            grouped.setdefault(container, {})[rest] = leaves[leaf]
+            continue
+        held: Any = layer._modules[container]
+        frozen = leaf in view.frozen
+        held[name] = leaves[leaf] if leaf in view.buffers else nn.Parameter(leaves[leaf], requires_grad=not frozen)
+    for container, parts in grouped.items():
+        held = layer._modules[container]
+        held._modules[name] = entry_of(view, site, base, container, parts)
+
+
+def take(container: nn.Module, name: str, rest: str) -> Tensor | None:
+    """The live tensor at an address, or None if the adapter has none there."""
+    if not rest:
+        found = container._parameters.get(name)
+        return container._buffers.get(name) if found is None else found
+    entry = container._modules.get(name)
+    *path, last = rest.split(".") if "." in rest else (rest,)
+    for part in path:
+        entry = None if entry is None else entry._modules.get(part)
+    if entry is None:
+        return None
+    found = entry._parameters.get(last)
+    # sharding and functional calls keep it as a plain attribute
+    return found if found is not None else getattr(entry, last, None)
+
+
+def dropout_module(rate: float) -> nn.Module:
+    """The entry of the dict of dropout modules, as PEFT makes it."""
+    return nn.Dropout(p=rate) if rate > 0 else nn.Identity()
+
+
+def scalar(value: Any, like: Tensor) -> Tensor:
+    """A number of a layer as the 0-d leaf that the pure functions read."""
+    if isinstance(value, Tensor):
+        return value.to(dtype=like.dtype, device=like.device)
+    return torch.tensor(value, dtype=like.dtype, device=like.device)

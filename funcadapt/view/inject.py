@@ -1,0 +1,395 @@
+"""Adapters into a live model, and out of it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcadapt.adapter import Adapter
+from funcadapt.binding import TOKEN_INDICES, TOKENS, bind, check_shapes, state_of
+from funcadapt.config import AdapterConfig
+from funcadapt.errors import AdapterError, TargetError, did_you_mean
+from funcadapt.init import initialise
+from funcadapt.method import Draw, method_of
+from funcadapt.sites import Site
+from funcadapt.targeting import model_type, sites
+from funcadapt.view.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
+from funcadapt.view.holding import view_of
+from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.placing import Bare, Placing, Transaction
+from funcadapt.view.walking import (
+    ViewState,
+    auxiliaries,
+    bare,
+    layers,
+    root_of,
+    set_view_state,
+    unwrapped,
+    view_state,
+    wrapped,
+)
+
+
+class TorchDraw(Draw):
+    """Numbers from torch's own generator, drawn by the calls that PEFT makes: a seed gives what it gives there."""
+
+    def uniform(self, *shape: int, bound: float) -> Tensor:
+        """Uniform in (-bound, bound)."""
+        if self.abstract:
+            return self.zeros(*shape)
+        return self.cast(torch.empty(shape).uniform_(-bound, bound))
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        """Normal with mean 0."""
+        if self.abstract:
+            return self.zeros(*shape)
+        return self.cast(torch.empty(shape).normal_(0.0, std))
+
+
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str = "default",
+    *,
+    state_dict: Mapping[str, Any] | None = None,
+    low_cpu_mem_usage: bool = False,
+    activate: bool = True,
+    inference_mode: bool = False,
+) -> AdapterConfig:
+    """A new adapter into a live model, with the numbers that PEFT would draw from the same seed.
+
+    Args:
+        model: the model, changed in place.
+        config: what to adapt, and how; targeting is as lenient as PEFT's.
+        name: the adapter's name.
+        state_dict: a checkpoint whose keys say what to adapt, instead of the config.
+        low_cpu_mem_usage: whether the leaves are left on the meta device, to be set later.
+        activate: whether it becomes the only active adapter.
+        inference_mode: whether its parameters are frozen.
+
+    Returns:
+        The config with the model's defaults filled in.
+
+    Raises:
+        ValueError: if the name is taken, `state_dict` comes with `target_parameters`, or the config fits nothing.
+        KeyError: if the name cannot be the name of a module.
+
+    Failure leaves the model as it was, the base weights that PiSSA and OLoRA change included.
+    """
+    state = _prepare(model, name)
+    draw_like = torch.device("meta") if low_cpu_mem_usage else None
+    with unwrapped(model):
+        if state_dict is not None:
+            table, config = _sites_of_keys(model, config, state_dict)
+        else:
+            table = sites(model, config, strict=False)
+            config = config.for_model(model_type(model))
+        view = view_of(method_of(config))
+
+        def draw_of(site: Site, at: Any) -> Draw:
+            draw = TorchDraw(None, site.dtype, draw_like or site.device)
+            if not draw.abstract:
+                view.warm(site, at, draw)
+            return draw
+
+        adapter, base = initialise(model, config, table, draw_of, strict=False)
+        own = dict(model.named_parameters(remove_duplicate=False))
+    with Transaction() as change:
+        _place(model, adapter, name, state, change, copy=False, activate=activate, inference_mode=inference_mode)
+        for full, corrected in base.items():
+            if not corrected.is_meta:
+                old = own[full].data
+                change.on_failure(lambda p=own[full], old=old: setattr(p, "data", old))
+                own[full].data = corrected
+    return config
+
+
+def materialize(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Module:
+    """An adapter as PEFT's in-place module: the model's layers are wrapped, its class and methods stay.
+
+    The layers have PEFT's layout, names and print, hold the adapter's values as parameters, and call the same pure
+    functions as `fa.functional_call`. As in PEFT the base parameters are frozen, and the newest adapter is the active
+    one; call again with another name for several. `fa.dematerialize` undoes all of it.
+
+    Args:
+        model: the model, changed in place.
+        adapter: the adapter; its tensors are copied.
+        name: its name in the model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the name is taken, or the adapter does not fit the model.
+        KeyError: if the name cannot be the name of a module.
+
+    Example:
+        >>> import torch
+        >>> import funcadapt as fa
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> adapter = fa.init(model, fa.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        >>> x = torch.randn(3, 4)
+        >>> y = fa.functional_call(model, adapter, x)
+        >>> torch.equal(fa.materialize(model, adapter)(x), y)
+        True
+        >>> list(model.state_dict())
+        ['0.base_layer.weight', '0.base_layer.bias', '0.lora_A.default.weight', '0.lora_B.default.weight']
+        >>> fa.dematerialize(model)
+        {'default': Adapter(lora, 1 site, r=2, 12 parameters, float32)}
+        >>> list(model.state_dict())
+        ['0.weight', '0.bias']
+    """
+    if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"materialize: expected an Adapter, got {type(adapter).__name__}.")
+    if adapter.members is not None:
+        raise AdapterError("materialize: a stack is no single adapter. Materialise each of fa.unstack(stack) by name.")
+    described = method_of(adapter.config).describe(adapter.config, {p: adapter.leaves(p) for p in adapter.params})
+    state = _prepare(model, name)
+    with Transaction() as change:
+        _place(model, adapter.replace(config=described), name, state, change, copy=True)
+    return model
+
+
+def _prepare(model: nn.Module, name: str) -> ViewState:
+    """The state, or a new one; a name that can be used."""
+    if not name or "." in name:
+        raise KeyError(f"An adapter's name becomes a module's name: it can't be empty or contain \".\", got {name!r}")
+    state = view_state(model)
+    if name in state.configs:
+        raise AdapterError(
+            f"The model has an adapter {name!r} already. Give the new one another name, or delete the old one first."
+        )
+    return state
+
+
+def _place(
+    model: nn.Module,
+    adapter: Adapter,
+    name: str,
+    state: ViewState,
+    change: Transaction,
+    *,
+    copy: bool,
+    activate: bool = True,
+    inference_mode: bool = False,
+) -> None:
+    root = root_of(model)
+    with unwrapped(root):
+        bound = bind(root, [("", adapter, None)], state_of(root))
+        check_shapes(bound)
+        found = Bare(root, bound)
+        parameters = dict(root.named_parameters(remove_duplicate=False))
+    if not state.configs:
+        state.requires_grad = {full: p.requires_grad for full, p in parameters.items()}
+    trained = [(b.module._parameters[b.name], b.name) for b in bound.replaced if b.name == "bias"]
+    Placing(name, adapter, bound, found, state, change, copy).place()
+    if not state.configs:  # the first one freezes the model
+        for full, parameter in parameters.items():
+            change.on_failure(lambda p=parameter, flag=state.requires_grad[full]: p.requires_grad_(flag))
+            parameter.requires_grad_(False)
+    change.set(state.configs, name, adapter.config)
+    change.set(root.__dict__, "_adapter_view", state)
+    for _, layer in layers(root):
+        _switch(layer, name, change, activate, inference_mode)
+    for _, wrapper in auxiliaries(root):
+        active = wrapper.active_adapters
+        wrapper.set_requires_grad(name, activate and not inference_mode)
+        if activate and active != [name]:
+            change.on_failure(lambda w=wrapper, a=active: w.set_adapter(a))
+            if name in wrapper.available_adapters:
+                wrapper.set_adapter(name, inference_mode=inference_mode)
+    if activate and getattr(adapter.config, "bias", "none") != "none":
+        for parameter, _ in trained:
+            if parameter is not None and _saved_elsewhere(parameter, root):
+                parameter.requires_grad_(not inference_mode)
+
+
+def _saved_elsewhere(parameter: nn.Parameter, root: nn.Module) -> bool:
+    return any(p is parameter for p in root.parameters())
+
+
+def _switch(layer: AdapterLayer, name: str, change: Transaction, activate: bool, inference_mode: bool) -> None:
+    """The newest adapter is the only active one; whether the others are trained does not change, as in PEFT."""
+    layer.set_requires_grad(name, activate and not inference_mode)
+    if activate:
+        change.set(layer.__dict__, "_active_adapter", [name])
+    elif "_active_adapter" not in layer.__dict__:
+        layer._active_adapter = []
+
+
+def _sites_of_keys(
+    model: nn.Module, config: AdapterConfig, state_dict: Mapping[str, Any]
+) -> tuple[Sequence[Site], AdapterConfig]:
+    """The sites whose leaves a checkpoint has, with a warning where the config says something else."""
+    if getattr(config, "target_parameters", None):
+        raise AdapterError(
+            "Trying to inject an adapter from a state_dict but the config uses `target_parameters`, whose names the "
+            "keys do not tell. Inject it without the state_dict."
+        )
+    prefix = view_of(method_of(config)).prefix
+    paths = {key.rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict if f".{prefix}" in key}
+    paths = {p.removeprefix("base_model.model.").replace(".base_layer.out_proj", ".out_proj") for p in paths}
+    known = dict(model.named_modules())  # pyright: ignore
+    inner = {path for path in paths if isinstance(known.get(path.rpartition(".")[0]), nn.MultiheadAttention)}
+    chosen = sorted(path for path in paths - inner if path in known)
+    if not chosen:
+        raise TargetError(
+            f"The keys of the state_dict name no module of the model: {sorted(paths)[:3]}."
+            + did_you_mean(next(iter(sorted(paths)), ""), known)
+        )
+    exact: Any = config
+    table = sites(model, dataclasses.replace(exact, target_modules=chosen, exclude_modules=None), strict=False)
+    if exact.target_modules is not None:
+        try:
+            expected = {site.owner for site in sites(model, config, strict=False)}
+        except (AdapterError, ValueError):
+            expected = set[str]()
+        _warn_if_different(expected, {site.owner for site in table})
+    else:
+        config = dataclasses.replace(exact, target_modules=chosen)
+    return table, config
+
+
+def _warn_if_different(config: Iterable[str], keys: Iterable[str]) -> None:
+    more, less = sorted(set(config) - set(keys)), sorted(set(keys) - set(config))
+    if not more and not less:
+        return
+    message = (
+        "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
+        "state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+    )
+    if more:
+        message += f"The PEFT config contained these additional target modules: {more}. "
+    if less:
+        message += f"The state_dict contained these additional target modules: {less}. "
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def adapter_of(model: nn.Module, name: str) -> Adapter:
+    """One adapter of a model as a value. Its tensors are the live ones: `.map(torch.clone)` gives a snapshot.
+
+    Args:
+        model: the model.
+        name: the adapter's name.
+
+    Returns:
+        The adapter, with the config that its leaves say.
+
+    Raises:
+        ValueError: if there is no adapter of that name; near matches are listed.
+    """
+    state = view_state(model)
+    if name not in state.configs:
+        raise AdapterError(f"Adapter {name} not found.{did_you_mean(name, state.configs)}")
+    root, config = root_of(model), state.configs[name]
+    method = method_of(config)
+    params: dict[str, dict[str, Tensor]] = {}
+    buffers: dict[str, dict[str, Tensor]] = {}
+    for _, layer in layers(root):
+        if name in layer.adapters:
+            leaves, path = layer.leaves(name), layer.site.path
+            if layer.site.experts == 1:
+                leaves = {leaf: t.squeeze(0) if t.ndim else t for leaf, t in leaves.items()}
+            frozen = layer.view.frozen | layer.view.buffers | set(layer.view.derived)
+            params[path] = {leaf: t for leaf, t in leaves.items() if leaf not in frozen}
+            buffers[path] = {leaf: t for leaf, t in leaves.items() if leaf in frozen}
+    with unwrapped(root):
+        paths = {id(module): path for path, module in root.named_modules()}  # pyright: ignore
+        biases = [(path, root.get_submodule(path)._parameters["bias"]) for path in _bias_owners(root, config, params)]
+    for _, wrapper in auxiliaries(root):
+        if name in wrapper.available_adapters:
+            _auxiliary_leaves(wrapper, name, paths[id(bare(wrapper))], params, buffers)
+    for path, bias in biases:
+        if bias is not None and not any(path == p or path.startswith(f"{p}.") for p in _saved(root, name, paths)):
+            params.setdefault(path, {})["bias"] = bias
+    found = Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config)
+    return found.replace(config=method.describe(config, {path: found.leaves(path) for path in params}))
+
+
+def _bias_owners(root: nn.Module, config: Any, adapted: Mapping[str, Any]) -> list[str]:
+    which = getattr(config, "bias", "none")
+    if which == "none":
+        return []
+    owners = [path for path, module in root.named_modules() if module._parameters.get("bias") is not None]  # pyright: ignore
+    return owners if which == "all" else [path for path in owners if path in adapted]
+
+
+def _saved(root: nn.Module, name: str, paths: Mapping[int, str]) -> list[str]:
+    return [
+        paths[id(bare(wrapper))]
+        for _, wrapper in auxiliaries(root)
+        if isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper.available_adapters
+    ]
+
+
+def _auxiliary_leaves(
+    wrapper: nn.Module,
+    name: str,
+    path: str,
+    params: dict[str, dict[str, Tensor]],
+    buffers: dict[str, dict[str, Tensor]],
+) -> None:
+    if isinstance(wrapper, TrainableTokensWrapper):
+        layer: Any = wrapper.token_adapter
+        if layer.tied_adapter is None:
+            params.setdefault(path, {})[TOKENS] = layer.trainable_tokens_delta[name]
+            index = torch.tensor(list(layer.token_indices[name]), dtype=torch.long)
+            buffers.setdefault(path, {})[TOKEN_INDICES] = index.to(layer.trainable_tokens_delta[name].device)
+        return
+    assert isinstance(wrapper, ModulesToSaveWrapper)
+    copy = wrapper.modules_to_save[name]
+    for below, module in copy.named_modules():  # pyright: ignore
+        where = f"{path}.{below}" if below else path
+        for short, parameter in module._parameters.items():
+            if parameter is not None:
+                params.setdefault(where, {})[short] = parameter
+        for short, buffer in module._buffers.items():
+            if buffer is not None and short not in module._non_persistent_buffers_set:
+                buffers.setdefault(where, {})[short] = buffer
+
+
+def dematerialize(model: nn.Module) -> dict[str, Adapter]:
+    """Take all adapters out of a model, which becomes what it was before the first came.
+
+    Merged weights are restored, and so are trained biases and the parameters' `requires_grad`. (What an init such as
+    PiSSA took out of the base weights stays out: the adapter stands for the rest.)
+
+    Args:
+        model: the model, changed in place.
+
+    Returns:
+        The adapters by name, in the order in which they came.
+    """
+    root, state = root_of(model), view_state(model)
+    for _, layer in layers(root):
+        if layer.merged:
+            layer.unmerge()
+    adapters = {name: adapter_of(root, name).map(lambda t: t.detach()) for name in state.configs}
+    if state.biases:  # they are the model's own parameters
+        adapters = {name: adapter.map(lambda t: t.clone()) for name, adapter in adapters.items()}
+    remove_wrappers(root)
+    for full, flag in state.requires_grad.items():
+        root.get_parameter(full).requires_grad_(flag)
+    for full, value in state.biases.items():
+        root.get_parameter(full).data.copy_(value)
+    return adapters
+
+
+def remove_wrappers(root: nn.Module) -> None:
+    """Put the bare modules back into their places, and forget the view.
+
+    Args:
+        root: the module into which adapters were injected.
+    """
+    state = view_state(root)
+    for parent, name, wrapper in wrapped(root):
+        parent._modules[name] = bare(wrapper)
+    for path, switch in state.fast_paths.items():
+        root.get_submodule(path).__dict__["activation_relu_or_gelu"] = switch
+    set_view_state(root, None)
+    root.__dict__.pop("peft_config", None)

@@ -1,0 +1,432 @@
+"""`AdapterLayer`: the one wrapper of the in-place view, for every method and every layer kind.
+
+It has the layout and the surface of PEFT's layers, and no formula: its forward calls the pure functions of the
+methods, with the tensors that its dicts hold at that moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from funcadapt._torch import is_compiling
+from funcadapt.compose import Level, dense_levels, nest
+from funcadapt.config import AdapterConfig
+from funcadapt.errors import AdapterError, did_you_mean
+from funcadapt.layer import Dense, Layer
+from funcadapt.method import View, method_of
+from funcadapt.sites import Site
+from funcadapt.view.holding import addresses, dropout_module, new_containers, put, scalar, take, view_of
+
+
+class Held:
+    """One adapter at one layer: its method, its config at this site, and what was computed from them.
+
+    Attributes:
+        config: the config, patterns resolved.
+        method: the method that it selects.
+        derived: the 0-d leaves as they were last made: leaf -> (the number, the tensor).
+    """
+
+    __slots__ = ("config", "derived", "method", "quiet")
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config, self.method = config, method_of(config)
+        self.derived: dict[str, tuple[Any, Tensor]] = {}
+        self.quiet: tuple[float, AdapterConfig] | None = None  # the config with another rate of dropout
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A method is a value of functions, looked up and never copied."""
+        return Held, (self.config,)
+
+    def with_dropout(self, field: str, rate: float) -> AdapterConfig:
+        """The config with another rate of dropout."""
+        if self.quiet is None or self.quiet[0] != rate:
+            self.quiet = rate, dataclasses.replace(self.config, **{field: rate})
+        return self.quiet[1]
+
+
+@dataclasses.dataclass
+class Kept:
+    """A value of a base parameter from before adapters were merged into it.
+
+    Attributes:
+        value: the value.
+        now: what the parameter was right after merging, to see whether somebody touched it since: (address, version).
+    """
+
+    value: Tensor
+    now: tuple[int, int]
+
+
+class AdapterLayer(nn.Module):
+    """A base layer with adapters around it, held by name in PEFT's dicts.
+
+    Several active adapters nest, the first innermost, so that the forward equals the merged layer for every method.
+    (PEFT adds the updates of several DoRA adapters, each relative to the base weight, and merges them one after the
+    other: its forward and its merged weight differ.)
+
+    Attributes:
+        base_layer: what is wrapped: the bare layer, or a layer of another tuner.
+        site: the place, described without wrappers.
+        adapters: adapter name -> what is known of it here.
+        merged_adapters: the names of those that are in the base weight now.
+        kept: base parameter -> its value before they were merged.
+        cast_input_dtype_enabled: whether the input is cast to the adapter's dtype; otherwise the leaves are cast to
+            the input's.
+    """
+
+    view: ClassVar[View]
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    base_layer: nn.Module
+    _active_adapter: str | list[str] = "default"
+    _disable_adapters: bool = False
+
+    def __init__(self, base_layer: nn.Module, site: Site, *, read_by_parent: bool = False) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.site = site
+        self.adapters: dict[str, Held] = {}
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        # the parent uses this layer's weight without calling it: then `weight` is the adapted one
+        self._read_by_parent = read_by_parent
+        self.kept: dict[str, Kept] = {}
+        self.training = base_layer.training
+        view = self.view
+        for name in (*view.attributes, *view.derived):
+            setattr(self, name, {})
+        if view.dropout:
+            self._modules[view.dropout] = nn.ModuleDict()
+        self._modules.update(new_containers(view))
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.fan_in_fan_out = site.kind == "hf_conv1d"
+        self.kwargs: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        """PEFT's form, "lora.Linear(...)"."""
+        return self.view.label + super().__repr__()
+
+    # -- what is wrapped --------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        """The bare layer, under every wrapper."""
+        base = self.base_layer
+        while isinstance(base, AdapterLayer):
+            base = base.base_layer
+        return base
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, as in PEFT; the adapted weight where the parent multiplies with it itself."""
+        return self._parts()[0] if self._read_by_parent else self._base_parts()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias, or the adapted one, likewise."""
+        return self._parts()[1] if self._read_by_parent else self._base_parts()[1]
+
+    def _base_parts(self) -> tuple[Any, Any]:
+        base: Any = self.get_base_layer()
+        return getattr(base, "qweight", None) if hasattr(base, "qweight") else base.weight, getattr(base, "bias", None)
+
+    def _parts(self) -> tuple[Any, Any]:
+        weight, bias = self.dense()
+        return Layer(self.site, self.get_base_layer(), self._first().config).stored(weight), bias
+
+    def _first(self) -> Held:
+        return next(iter(self.adapters.values()))
+
+    # -- the adapters -----------------------------------------------------------------------------------
+
+    def add(self, name: str, config: AdapterConfig, leaves: Mapping[str, Tensor]) -> None:
+        """Hold one more adapter.
+
+        Args:
+            name: its name.
+            config: its config at this site.
+            leaves: its leaves in the shapes of a checkpoint; they become parameters without a copy.
+        """
+        held = Held(config)
+        put(self, held.method, self.site, self.get_base_layer(), name, leaves)
+        self.adapters[name] = held
+        view = self.view
+        for field in view.attributes:
+            getattr(self, field)[name] = getattr(config, field)
+        if view.derived:
+            values = held.method.buffers(config)
+            for leaf in view.derived:
+                getattr(self, leaf)[name] = values[leaf].item()
+        if view.dropout:
+            self._modules[view.dropout]._modules[name] = dropout_module(getattr(config, view.dropout))  # pyright: ignore
+
+    def leaves(self, name: str) -> dict[str, Tensor]:
+        """The live tensors of an adapter by leaf, with the 0-d ones, in the shapes that the pure functions read.
+
+        Args:
+            name: the adapter's name.
+
+        Returns:
+            The leaves.
+        """
+        held = self.adapters[name]
+        modules = self._modules
+        p: dict[str, Tensor] = {}
+        for leaf, container, rest in addresses(held.method):
+            value = take(modules[container], name, rest)  # pyright: ignore[reportArgumentType]
+            if value is not None:
+                p[leaf] = value
+        if self.site.kind in ("parameter", "experts"):
+            p = {**held.method.unpack(held.config, p)}
+            if self.site.experts == 1:  # without an expert axis in a checkpoint, see binding.bind
+                p = {leaf: value.unsqueeze(0) for leaf, value in p.items()}
+        derived = self.view.derived
+        if derived and p:
+            like = next(iter(p.values()))
+            for leaf in derived:
+                p[leaf] = self._derived(held, leaf, getattr(self, leaf)[name], like)
+        return p
+
+    def _derived(self, held: Held, leaf: str, number: Any, like: Tensor) -> Tensor:
+        known = held.derived.get(leaf)
+        if known is not None and known[0] is number and known[1].dtype == like.dtype and known[1].device == like.device:
+            return known[1]
+        made = scalar(number, like)
+        if not is_compiling():  # a graph must not keep what it made
+            held.derived[leaf] = number, made
+        return made
+
+    def _config(self, name: str, held: Held) -> AdapterConfig:
+        """The config with the rate of dropout that the dropout module has now."""
+        field = self.view.dropout
+        if not field:
+            return held.config
+        module: Any = self._modules[field]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
+        rate = module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+        if not self._drops():
+            rate = 0.0
+        if rate == getattr(held.config, field) or not self.training:
+            return held.config
+        return held.with_dropout(field, rate)
+
+    def _drops(self) -> bool:
+        """Whether dropout can act here. PEFT ignores it in attention without a word; so do we, `inject` warns."""
+        return self.site.kind != "mha" and not self._read_by_parent
+
+    def levels(self, names: Iterable[str] | None = None) -> list[Level]:
+        """The adapters that act, innermost first.
+
+        Args:
+            names: which; None for the active ones.
+
+        Returns:
+            The levels. Names that this layer does not have are left out.
+        """
+        found: list[Level] = []
+        for name in self.active_adapters if names is None else names:
+            held = self.adapters.get(name)
+            if held is not None:
+                found.append(Level(held.method, self._config(name, held), self.leaves(name), None))
+        return found
+
+    # -- the forward ------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer with the active adapters around it."""
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        levels = () if self.merged_adapters else self.levels()
+        return self._run(levels, *args, **kwargs) if levels else self.base_layer(*args, **kwargs)
+
+    def _run(self, levels: Sequence[Level], *args: Any, **kwargs: Any) -> Any:
+        base = self.base_layer
+        if not self.cast_input_dtype_enabled:
+            self._cast_leaves(levels, args[0] if args else next(iter(kwargs.values())))
+        if isinstance(base, AdapterLayer):
+            return nest(base, levels, self.site, self.get_base_layer(), base.dense)(*args, **kwargs)
+        if len(levels) > 1 or not args:
+            return nest(base, levels, self.site, base, None)(*args, **kwargs)
+        # the usual case without a detour
+        (level,), x = levels, args[0]
+        method, p, layer = level.method, level.p, Layer(self.site, base, level.config)
+        y = base(x if method.before is None else method.before(layer, p, x), *args[1:], **kwargs)
+        return y if method.after is None else method.after(layer, p, x, y)
+
+    def _cast_leaves(self, levels: Sequence[Level], x: Any) -> None:
+        for level in levels if isinstance(x, Tensor) and x.is_floating_point() else ():
+            level.p = {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in level.p.items()}
+
+    def dense(self) -> Dense:
+        """The canonical weight and bias with everything that acts here now, layers of other tuners included."""
+        inner = self.base_layer
+        bare = Layer(self.site, self.get_base_layer(), self._first().config if self.adapters else AdapterConfig())
+        weight, bias = inner.dense() if isinstance(inner, AdapterLayer) else (bare.weight, bare.bias)
+        if self._disable_adapters or self.merged_adapters:
+            return weight, bias
+        return dense_levels(self.levels(), self.site, bare.module, weight, bias)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the base weight, as the layer stores it.
+
+        Args:
+            adapter: its name.
+
+        Returns:
+            The difference of the adapted and the base weight.
+        """
+        held = self._known(adapter)
+        layer = Layer(self.site, self.get_base_layer(), held.config)
+        weight = layer.weight.detach()
+        new, _ = dense_levels(self.levels([adapter]), self.site, layer.module, weight, layer.bias)
+        return layer.stored(new - weight)
+
+    # -- merging ----------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are in the base weight now."""
+        return bool(self.merged_adapters)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Write adapters into the base weight, see `view.merging`."""
+        from funcadapt.view.merging import merge_layer
+
+        merge_layer(self, adapter_names, safe_merge)
+
+    def unmerge(self) -> None:
+        """Take them out again, bit for bit where nobody touched the weight in between."""
+        from funcadapt.view.merging import unmerge_layer
+
+        unmerge_layer(self)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one adapter."""
+        held = self.adapters.get(name)
+        found = [take(self._modules[c], name, rest) for _, c, rest in addresses(held.method)] if held else []  # pyright: ignore
+        return [value for value in found if isinstance(value, nn.Parameter)]
+
+    # -- PEFT's switches --------------------------------------------------------------------------------
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters are switched off."""
+        return self._disable_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The names as they were set."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names as a list."""
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off, their gradients with them."""
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
+            self.set_requires_grad(self._get_available_adapters(), False)
+        self._disable_adapters = not enabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, and the only trainable ones (in inference mode none is).
+
+        Args:
+            adapter_names: the names. Those that this layer does not have are kept for `active_adapters`.
+            inference_mode: whether the parameters stay frozen.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in self.adapters:
+            self.set_requires_grad(name, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze the parameters of adapters."""
+        frozen = self.view.frozen
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            held = self.adapters.get(name)
+            for leaf, container, rest in addresses(held.method) if held is not None else ():
+                value = take(self._modules[container], name, rest)  # pyright: ignore[reportArgumentType]
+                if isinstance(value, nn.Parameter) and value.is_floating_point():
+                    value.requires_grad_(requires_grad and leaf not in frozen)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. If it was the only active one, the alphabetically first one left takes its place."""
+        if adapter_name not in self.adapters and adapter_name not in self.active_adapters:
+            return
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
+        self.adapters.pop(adapter_name, None)
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            held: Any = getattr(self, attribute)
+            if adapter_name in held:
+                del held[adapter_name]
+        active = list(self.active_adapters)
+        if adapter_name not in active:
+            return
+        active.remove(adapter_name)
+        left = self._all_available_adapter_names()
+        if not active and left:
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                stacklevel=2,
+            )
+            active = left[:1]
+        self.set_adapter(active)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapters)
+
+    def _known(self, name: str) -> Held:
+        if name not in self.adapters:
+            raise AdapterError(
+                f"{self.site.path!r} has no adapter {name!r}.{did_you_mean(name, self.adapters)}"
+            )
+        return self.adapters[name]
+
+    # -- scaling ----------------------------------------------------------------------------------------
+
+    def _scalings(self) -> dict[str, Any] | None:
+        return getattr(self, "scaling", None) if "scaling" in self.view.derived else None
+
+    def _initial_scaling(self, name: str) -> float:
+        held = self.adapters[name]
+        alpha, rank = (getattr(self, field, {}).get(name) for field in ("lora_alpha", "r"))
+        config: Any = held.config
+        if alpha is not None and rank is not None and (alpha, rank) != (config.lora_alpha, config.r):
+            config = dataclasses.replace(config, lora_alpha=alpha, r=rank)  # somebody set the layer's own dicts
+        return held.method.buffers(config)["scaling"].item()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scaling to a multiple of its initial one. Unknown names are left out, as in PEFT."""
+        scalings = self._scalings()
+        if scalings is not None and adapter in scalings:
+            scalings[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        scalings = self._scalings()
+        for name in self.active_adapters if scalings is not None and scale != 1 else ():
+            if name in scalings:  # pyright: ignore[reportOperatorIssue]
+                scalings[name] = scalings[name] * scale  # pyright: ignore[reportOptionalSubscript]
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or set it to its initial value."""
+        scalings = self._scalings()
+        for name in self.active_adapters if scalings is not None and scale != 1 else ():
+            if name in scalings:  # pyright: ignore[reportOperatorIssue]
+                initial = self._initial_scaling(name)
+                scalings[name] = initial if scale is None else scalings[name] / scale  # pyright: ignore

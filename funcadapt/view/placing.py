@@ -1,0 +1,227 @@
+"""Putting one adapter into a live model, all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from funcadapt._torch import named_modules
+from funcadapt.adapter import Adapter
+from funcadapt.binding import TOKENS, Bound, Place, Tokens
+from funcadapt.errors import AdapterError
+from funcadapt.method import Method, method_of
+from funcadapt.sites import Site
+from funcadapt.swapping import heads_of
+from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from funcadapt.view.classes import layer_class
+from funcadapt.view.holding import view_of
+from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.through import is_read_by_parent
+from funcadapt.view.walking import ViewState
+
+_UNSET: Any = object()
+
+
+class Transaction:
+    """Changes that are undone, the last first, if the block raises."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def set(self, slot: dict[str, Any], name: str, value: Any) -> None:
+        """Change an entry of a dict."""
+        old = slot.get(name, _UNSET)
+        self._undo.append(lambda: slot.pop(name, None) if old is _UNSET else slot.__setitem__(name, old))
+        slot[name] = value
+
+    def on_failure(self, undo: Callable[[], object]) -> None:
+        """Note how to undo a change that was just made."""
+        self._undo.append(undo)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        while kind is not None and self._undo:
+            self._undo.pop()()
+
+
+class Bare:
+    """What must be looked up while the model is without its wrappers.
+
+    Args:
+        model: the bare model.
+        bound: what acts where in it.
+    """
+
+    def __init__(self, model: nn.Module, bound: Bound) -> None:
+        self.modules = dict(named_modules(model, remove_duplicate=False))
+        self.paths = {id(module): path for path, module in reversed(self.modules.items())}
+        self.heads = {tokens.path: heads_of(model, tokens.path, tokens.module) for tokens in bound.tokens}
+        self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                self._parents.setdefault(id(child), []).append((parent, name))
+
+    def places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Where a module is held: (its parent, its name there), more than once if it is shared.
+
+        Args:
+            module: a bare module.
+
+        Returns:
+            The places.
+
+        Raises:
+            AdapterError: if it is the model itself, which nothing can be wrapped around.
+        """
+        if id(module) not in self._parents:
+            raise AdapterError(
+                "The top-level module cannot be wrapped in place, nor can a parameter of its own. Put the model into "
+                "another module, or use fa.functional_call, which wraps nothing."
+            )
+        return self._parents[id(module)]
+
+
+class Placing:
+    """One adapter on its way into a live model.
+
+    Args:
+        name: the adapter's name.
+        adapter: its value.
+        bound: what acts where in the bare model.
+        bare: the rest of what is known of the bare model.
+        state: the model's view state.
+        change: the transaction.
+        copy: whether the adapter's tensors are copied, as they belong to a value.
+    """
+
+    def __init__(
+        self, name: str, adapter: Adapter, bound: Bound, bare: Bare, state: ViewState, change: Transaction, copy: bool
+    ) -> None:
+        self.name, self.adapter, self.bound, self.bare = name, adapter, bound, bare
+        self.state, self.change, self.copy = state, change, copy
+
+    def place(self) -> None:
+        """Put everything in place."""
+        method = method_of(self.adapter.config)
+        for path in self.bound.levels:
+            self._layer(method, self.bound.places[path])
+        saved: dict[str, dict[str, Tensor]] = {}
+        for whole in self.bound.replaced:
+            owner = self._saved_module(whole.path)
+            if owner is None:
+                self._bias(whole.module, whole.path, whole.name, whole.tensor)
+            else:
+                below = f"{whole.path}.{whole.name}".removeprefix(f"{owner}.")
+                saved.setdefault(owner, {})[below] = self._own(whole.tensor)
+        for path, values in saved.items():
+            self._save_module(path, values)
+        for tokens in self.bound.tokens:
+            self._tokens(tokens)
+
+    # -- layers -----------------------------------------------------------------------------------------
+
+    def _layer(self, method: Method, found: Place) -> None:
+        site = found.site
+        assert site is not None
+        cls, config = layer_class(method, site.kind), self.adapter.config.at(found.path)
+        (parent, name), *others = self.bare.places(found.module)
+        top: Any = parent._modules[name]
+        layer: Any = top
+        while isinstance(layer, AdapterLayer) and (type(layer) is not cls or layer.site.parameter != site.parameter):
+            layer = layer.base_layer
+        if isinstance(layer, AdapterLayer):
+            layer.add(self.name, config, self._leaves(method, site))
+            self.change.on_failure(lambda: layer.delete_adapter(self.name))
+            return
+        if isinstance(top, AuxiliaryTrainingWrapper):
+            raise AdapterError(
+                f"{found.path!r} is trained by another adapter through a {type(top).__name__}, so it cannot be adapted "
+                "as well. Drop it from target_modules, or delete that adapter."
+            )
+        layer = cls(top, site, read_by_parent=is_read_by_parent(parent))
+        layer.add(self.name, config, self._leaves(method, site))
+        for holder, place in ((parent, name), *others):
+            self.change.set(holder._modules, place, layer)
+            self._no_fast_path(holder)
+
+    def _leaves(self, method: Method, site: Site) -> dict[str, Tensor]:
+        """The leaves at a site in the shapes of a checkpoint."""
+        given, frozen = self.adapter.params[site.path], self.adapter.buffers.get(site.path, {})
+        own: Mapping[str, Tensor] = {leaf: given[leaf] for leaf in method.keys if leaf in given}
+        if site.kind in ("parameter", "experts"):
+            own = method.pack(own)
+        view = view_of(method)
+        own = {**own, **{leaf: frozen[leaf] for leaf in view.buffers | view.frozen if leaf in frozen}}
+        return {leaf: self._own(t) for leaf, t in own.items()}
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return (tensor.detach().clone() if self.copy else tensor.detach()).contiguous()
+
+    def _no_fast_path(self, parent: nn.Module) -> None:
+        # in eval mode it reads its children's weights without calling them; this is the switch that torch asks
+        if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu:
+            self.change.set(self.state.fast_paths, self.bare.paths[id(parent)], parent.activation_relu_or_gelu)
+            self.change.set(parent.__dict__, "activation_relu_or_gelu", 0)
+
+    # -- what an adapter holds in full ------------------------------------------------------------------
+
+    def _saved_module(self, path: str) -> str | None:
+        """The module of `modules_to_save` that a path is in or below, the outermost one."""
+        names: Any = getattr(self.adapter.config, "modules_to_save", None) or ()
+        parts = path.split(".")
+        heads = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        return next((head for head in heads if any(head.endswith(name) for name in names)), None)
+
+    def _bias(self, module: nn.Module, path: str, name: str, value: Tensor) -> None:
+        full = f"{path}.{name}" if path else name
+        parameter = module._parameters[name]
+        assert parameter is not None
+        old = parameter.detach().clone()
+        if full not in self.state.biases:
+            self.change.set(self.state.biases, full, old)
+        if not value.is_meta:
+            parameter.data.copy_(value)
+            self.change.on_failure(lambda: parameter.data.copy_(old))
+
+    def _save_module(self, path: str, values: dict[str, Tensor]) -> None:
+        module = self.bare.modules[path]
+        places = self.bare.places(module)
+        top: Any = places[0][0]._modules[places[0][1]]
+        if isinstance(top, ModulesToSaveWrapper):
+            top.update(self.name, values=values)
+            self.change.on_failure(lambda: top.delete_adapter(self.name, None))
+            return
+        self._refuse_wrapped(top, path, "modules_to_save")
+        wrapper = ModulesToSaveWrapper(module, self.name, values=values)
+        for parent, name in places:
+            self.change.set(parent._modules, name, wrapper)  # pyright: ignore[reportArgumentType]
+
+    def _tokens(self, tokens: Tokens) -> None:
+        first: Any = None
+        given: dict[str, Any] = {"token_indices": tokens.indices.tolist(), "values": {TOKENS: self._own(tokens.rows_of)}}
+        for module, _ in self.bare.heads[tokens.path]:
+            if first is not None:
+                given["tied_adapter"] = first.token_adapter
+            places = self.bare.places(module)
+            top: Any = places[0][0]._modules[places[0][1]]
+            if isinstance(top, TrainableTokensWrapper):
+                top.update(self.name, **given)
+                self.change.on_failure(lambda top=top: top.delete_adapter(self.name, None))
+            else:
+                self._refuse_wrapped(top, tokens.path, "trainable_token_indices")
+                top = TrainableTokensWrapper(module, self.name, **given)
+                for parent, name in places:
+                    self.change.set(parent._modules, name, top)
+            first = top if first is None else first
+
+    def _refuse_wrapped(self, top: Any, path: str, field: str) -> None:
+        if isinstance(top, AdapterLayer | AuxiliaryTrainingWrapper):
+            raise TypeError(
+                f"{field} cannot be applied to {path!r}, which is a {type(top).__name__} of another adapter. Drop it "
+                f"from {field}, or delete that adapter."
+            )
