@@ -212,7 +212,9 @@ def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor
         raise SiteError(f"lora_bias=True needs a bias at {site.path!r}, which is applied through its weight.")
     if config.lora_bias:
         shape = (*experts, site.out_features)
-        params["lora_B_bias"] = draw.uniform(*shape, bound=math.sqrt(site.groups / r)) if how is False else draw.zeros(*shape)
+        params["lora_B_bias"] = (
+            draw.uniform(*shape, bound=math.sqrt(site.groups / r)) if how is False else draw.zeros(*shape)
+        )
     return Fresh(params, scaling)
 
 
@@ -534,14 +536,21 @@ def holder(site: Site, base: nn.Module, container: str, parts: Mapping[str, Tens
 
 def warm(site: Site, config: LoraConfig, draw: Draw) -> None:
     """PEFT builds A and B as layers, which draw their own init, before it draws A again."""
-    if config.init_lora_weights is False:
+    r, spatial, how = config.r, site.shape[2:], config.init_lora_weights
+    if site.kind == "mha" and how in (True, False, "gaussian"):
+        # it makes the layer of the out-projection first, and draws all of that again afterwards
+        out: Any = dataclasses.replace(site, kind="linear", shape=(site.in_features, site.in_features))
+        warm(out, config, draw)
+        init(out, config, draw, lambda: draw.zeros())
+    if how is False:
         return  # they stay as they are, and `init` draws the same
-    r, spatial = config.r, site.shape[2:]
     if site.kind == "embedding":
-        draw.normal(r, site.in_features), draw.normal(site.out_features, r)
+        draw.normal(r, site.in_features)
+        draw.normal(site.out_features, r)
         return
     fan_in, rows = site.in_features * math.prod(spatial), r * max(1, site.experts)
-    draw.uniform(rows, fan_in, bound=1.0), draw.uniform(site.out_features, rows // site.groups, bound=1.0)
+    draw.uniform(rows, fan_in, bound=1.0)
+    draw.uniform(site.out_features, rows // site.groups, bound=1.0)
     if config.lora_bias:
         draw.uniform(site.out_features, bound=1.0)
 

@@ -7,7 +7,6 @@ A key of a checkpoint, "lora_A.weight", becomes `lora_A.<adapter>.weight`: the e
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,8 +48,8 @@ def view_of(method: Method) -> View:
         assert named.view is not None
         return named.view
     name = method.config.__name__.removesuffix("Config")
-    common = os.path.commonprefix([f"{key}_" for key in method.keys.values()])
-    prefix = common[: common.rfind("_") + 1] or f"{method.name}_"
+    firsts = {key.partition("_")[0] for key in method.keys.values()}
+    prefix = f"{firsts.pop()}_" if len(firsts) == 1 else f"{method.name}_"
     return View(package=method.config.peft_type.lower(), name=name, prefix=prefix)
 
 
@@ -63,11 +62,12 @@ def addresses(method: Method) -> tuple[Address, ...]:
     return tuple(Address(leaf, name.partition(".")[0], name.partition(".")[2]) for leaf, name in names.items())
 
 
-def family_addresses(view: View) -> list[Address]:
+@functools.cache
+def family_addresses(view: View) -> tuple[Address, ...]:
     """The addresses of all methods that share a view, in the order in which the dicts print."""
     found = dict.fromkeys(a for method in methods() if view_of(method) is view for a in addresses(method))
     order = {name: i for i, name in enumerate(view.containers)}
-    return sorted(found, key=lambda a: order.get(a.container, len(order)))
+    return tuple(sorted(found, key=lambda a: order.get(a.container, len(order))))
 
 
 def new_containers(view: View) -> dict[str, nn.Module]:

@@ -11,27 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt.adapter import Adapter
-from funcadapt.binding import TOKEN_INDICES, TOKENS, bind, check_shapes, state_of
+from funcadapt.binding import bind, check_shapes, state_of
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, TargetError, did_you_mean
 from funcadapt.init import initialise
 from funcadapt.method import Draw, method_of
 from funcadapt.sites import Site
 from funcadapt.targeting import model_type, sites
-from funcadapt.view.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from funcadapt.view.holding import view_of
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.placing import Bare, Placing, Transaction
 from funcadapt.view.walking import (
     ViewState,
     auxiliaries,
-    bare,
     layers,
     root_of,
-    set_view_state,
     unwrapped,
     view_state,
-    wrapped,
 )
 
 
@@ -125,7 +121,8 @@ def materialize(model: nn.Module, adapter: Adapter, name: str = "default") -> nn
         The same model.
 
     Raises:
-        ValueError: if the name is taken, or the adapter does not fit the model.
+        AdapterError: if the name is taken, or the adapter does not fit the model, or is a stack.
+        TypeError: if it is no adapter.
         KeyError: if the name cannot be the name of a module.
 
     Example:
@@ -181,7 +178,8 @@ def _place(
     root = root_of(model)
     with unwrapped(root):
         bound = bind(root, [("", adapter, None)], state_of(root))
-        check_shapes(bound)
+        if copy:  # a value from elsewhere; what was just made fits
+            check_shapes(bound)
         found = Bare(root, bound)
         parameters = dict(root.named_parameters(remove_duplicate=False))
     if not state.configs:
@@ -268,128 +266,3 @@ def _warn_if_different(config: Iterable[str], keys: Iterable[str]) -> None:
     if less:
         message += f"The state_dict contained these additional target modules: {less}. "
     warnings.warn(message, RuntimeWarning, stacklevel=5)
-
-
-def adapter_of(model: nn.Module, name: str) -> Adapter:
-    """One adapter of a model as a value. Its tensors are the live ones: `.map(torch.clone)` gives a snapshot.
-
-    Args:
-        model: the model.
-        name: the adapter's name.
-
-    Returns:
-        The adapter, with the config that its leaves say.
-
-    Raises:
-        ValueError: if there is no adapter of that name; near matches are listed.
-    """
-    state = view_state(model)
-    if name not in state.configs:
-        raise AdapterError(f"Adapter {name} not found.{did_you_mean(name, state.configs)}")
-    root, config = root_of(model), state.configs[name]
-    method = method_of(config)
-    params: dict[str, dict[str, Tensor]] = {}
-    buffers: dict[str, dict[str, Tensor]] = {}
-    for _, layer in layers(root):
-        if name in layer.adapters:
-            leaves, path = layer.leaves(name), layer.site.path
-            if layer.site.experts == 1:
-                leaves = {leaf: t.squeeze(0) if t.ndim else t for leaf, t in leaves.items()}
-            frozen = layer.view.frozen | layer.view.buffers | set(layer.view.derived)
-            params[path] = {leaf: t for leaf, t in leaves.items() if leaf not in frozen}
-            buffers[path] = {leaf: t for leaf, t in leaves.items() if leaf in frozen}
-    with unwrapped(root):
-        paths = {id(module): path for path, module in root.named_modules()}  # pyright: ignore
-        biases = [(path, root.get_submodule(path)._parameters["bias"]) for path in _bias_owners(root, config, params)]
-    for _, wrapper in auxiliaries(root):
-        if name in wrapper.available_adapters:
-            _auxiliary_leaves(wrapper, name, paths[id(bare(wrapper))], params, buffers)
-    for path, bias in biases:
-        if bias is not None and not any(path == p or path.startswith(f"{p}.") for p in _saved(root, name, paths)):
-            params.setdefault(path, {})["bias"] = bias
-    found = Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config)
-    return found.replace(config=method.describe(config, {path: found.leaves(path) for path in params}))
-
-
-def _bias_owners(root: nn.Module, config: Any, adapted: Mapping[str, Any]) -> list[str]:
-    which = getattr(config, "bias", "none")
-    if which == "none":
-        return []
-    owners = [path for path, module in root.named_modules() if module._parameters.get("bias") is not None]  # pyright: ignore
-    return owners if which == "all" else [path for path in owners if path in adapted]
-
-
-def _saved(root: nn.Module, name: str, paths: Mapping[int, str]) -> list[str]:
-    return [
-        paths[id(bare(wrapper))]
-        for _, wrapper in auxiliaries(root)
-        if isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper.available_adapters
-    ]
-
-
-def _auxiliary_leaves(
-    wrapper: nn.Module,
-    name: str,
-    path: str,
-    params: dict[str, dict[str, Tensor]],
-    buffers: dict[str, dict[str, Tensor]],
-) -> None:
-    if isinstance(wrapper, TrainableTokensWrapper):
-        layer: Any = wrapper.token_adapter
-        if layer.tied_adapter is None:
-            params.setdefault(path, {})[TOKENS] = layer.trainable_tokens_delta[name]
-            index = torch.tensor(list(layer.token_indices[name]), dtype=torch.long)
-            buffers.setdefault(path, {})[TOKEN_INDICES] = index.to(layer.trainable_tokens_delta[name].device)
-        return
-    assert isinstance(wrapper, ModulesToSaveWrapper)
-    copy = wrapper.modules_to_save[name]
-    for below, module in copy.named_modules():  # pyright: ignore
-        where = f"{path}.{below}" if below else path
-        for short, parameter in module._parameters.items():
-            if parameter is not None:
-                params.setdefault(where, {})[short] = parameter
-        for short, buffer in module._buffers.items():
-            if buffer is not None and short not in module._non_persistent_buffers_set:
-                buffers.setdefault(where, {})[short] = buffer
-
-
-def dematerialize(model: nn.Module) -> dict[str, Adapter]:
-    """Take all adapters out of a model, which becomes what it was before the first came.
-
-    Merged weights are restored, and so are trained biases and the parameters' `requires_grad`. (What an init such as
-    PiSSA took out of the base weights stays out: the adapter stands for the rest.)
-
-    Args:
-        model: the model, changed in place.
-
-    Returns:
-        The adapters by name, in the order in which they came.
-    """
-    root, state = root_of(model), view_state(model)
-    for _, layer in layers(root):
-        if layer.merged:
-            layer.unmerge()
-    adapters = {name: adapter_of(root, name).map(lambda t: t.detach()) for name in state.configs}
-    if state.biases:  # they are the model's own parameters
-        adapters = {name: adapter.map(lambda t: t.clone()) for name, adapter in adapters.items()}
-    remove_wrappers(root)
-    for full, flag in state.requires_grad.items():
-        root.get_parameter(full).requires_grad_(flag)
-    for full, value in state.biases.items():
-        root.get_parameter(full).data.copy_(value)
-    return adapters
-
-
-def remove_wrappers(root: nn.Module) -> None:
-    """Put the bare modules back into their places, and forget the view.
-
-    Args:
-        root: the module into which adapters were injected.
-    """
-    state = view_state(root)
-    for parent, name, wrapper in wrapped(root):
-        parent._modules[name] = bare(wrapper)
-    for path, switch in state.fast_paths.items():
-        root.get_submodule(path).__dict__["activation_relu_or_gelu"] = switch
-    set_view_state(root, None)
-    root.__dict__.pop("peft_config", None)

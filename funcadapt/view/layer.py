@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from funcadapt._torch import is_compiling
@@ -21,7 +20,7 @@ from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.layer import Dense, Layer
 from funcadapt.method import View, method_of
 from funcadapt.sites import Site
-from funcadapt.view.holding import addresses, dropout_module, new_containers, put, scalar, take, view_of
+from funcadapt.view.holding import addresses, dropout_module, new_containers, put, scalar, take
 
 
 class Held:
@@ -30,15 +29,18 @@ class Held:
     Attributes:
         config: the config, patterns resolved.
         method: the method that it selects.
+        addresses: where its leaves are held.
         derived: the 0-d leaves as they were last made: leaf -> (the number, the tensor).
+        quiet: the config with another rate of dropout, as it was last made.
     """
 
-    __slots__ = ("config", "derived", "method", "quiet")
+    __slots__ = ("addresses", "config", "derived", "method", "quiet")
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config, self.method = config, method_of(config)
         self.derived: dict[str, tuple[Any, Tensor]] = {}
-        self.quiet: tuple[float, AdapterConfig] | None = None  # the config with another rate of dropout
+        self.addresses = addresses(self.method)  # here, as dynamo does not like caches
+        self.quiet: tuple[float, AdapterConfig] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A method is a value of functions, looked up and never copied."""
@@ -178,7 +180,7 @@ class AdapterLayer(nn.Module):
         held = self.adapters[name]
         modules = self._modules
         p: dict[str, Tensor] = {}
-        for leaf, container, rest in addresses(held.method):
+        for leaf, container, rest in held.addresses:
             value = take(modules[container], name, rest)  # pyright: ignore[reportArgumentType]
             if value is not None:
                 p[leaf] = value
@@ -310,7 +312,7 @@ class AdapterLayer(nn.Module):
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter."""
         held = self.adapters.get(name)
-        found = [take(self._modules[c], name, rest) for _, c, rest in addresses(held.method)] if held else []  # pyright: ignore
+        found = [take(self._modules[c], name, rest) for _, c, rest in held.addresses] if held else []  # pyright: ignore
         return [value for value in found if isinstance(value, nn.Parameter)]
 
     # -- PEFT's switches --------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ class AdapterLayer(nn.Module):
         frozen = self.view.frozen
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             held = self.adapters.get(name)
-            for leaf, container, rest in addresses(held.method) if held is not None else ():
+            for leaf, container, rest in held.addresses if held is not None else ():
                 value = take(self._modules[container], name, rest)  # pyright: ignore[reportArgumentType]
                 if isinstance(value, nn.Parameter) and value.is_floating_point():
                     value.requires_grad_(requires_grad and leaf not in frozen)
@@ -392,9 +394,7 @@ class AdapterLayer(nn.Module):
 
     def _known(self, name: str) -> Held:
         if name not in self.adapters:
-            raise AdapterError(
-                f"{self.site.path!r} has no adapter {name!r}.{did_you_mean(name, self.adapters)}"
-            )
+            raise AdapterError(f"{self.site.path!r} has no adapter {name!r}.{did_you_mean(name, self.adapters)}")
         return self.adapters[name]
 
     # -- scaling ----------------------------------------------------------------------------------------

@@ -93,7 +93,9 @@ def unmerge_layer(layer: AdapterLayer) -> None:
     old = {name: kept.value.to(held[name]) for name, kept in layer.kept.items()}  # pyright: ignore
     touched = any((p.data_ptr(), p._version) != layer.kept[name].now for name, p in held.items())  # pyright: ignore
     if touched:
-        values = {name: old.get(name, base._parameters[name]) for name in (layer.site.parameter, layer.site.bias) if name}
+        values = {
+            name: old.get(name, base._parameters[name]) for name in (layer.site.parameter, layer.site.bias) if name
+        }
         merged = _dense(layer, layer.levels(layer.merged_adapters), values)  # pyright: ignore[reportArgumentType]
         old = {name: parameter.data + (old[name] - merged[name]) for name, parameter in held.items()}  # pyright: ignore
     for name, parameter in held.items():
@@ -138,7 +140,11 @@ def _warn_if_merged(found: Sequence[AdapterLayer], names: Sequence[str] | None) 
         return
     wanted = names if names is not None else list(dict.fromkeys(n for layer in found for n in layer.active_adapters))
     new = [name for name in wanted if name not in merged]
-    then = f"You are now additionally merging {','.join(new)}." if new else "All adapters are already merged, nothing to do."
+    then = (
+        f"You are now additionally merging {','.join(new)}."
+        if new
+        else "All adapters are already merged, nothing to do."
+    )
     warnings.warn(f"Already following adapters were merged {','.join(merged)}. {then}", stacklevel=3)
 
 
@@ -177,7 +183,7 @@ def unload(
     Raises:
         AdapterError: if a weight cannot be merged into. Nothing is changed then.
     """
-    from funcadapt.view.inject import remove_wrappers
+    from funcadapt.view.values import remove_wrappers
 
     root = root_of(model)
     if merge_first:

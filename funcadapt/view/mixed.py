@@ -15,8 +15,8 @@ from funcadapt.errors import AdapterError
 from funcadapt.many import routed
 from funcadapt.method import method_of
 from funcadapt.stacking import stack
-from funcadapt.view.inject import adapter_of
 from funcadapt.view.state import check_names
+from funcadapt.view.values import adapter_of
 from funcadapt.view.walking import layers, root_of, unwrapped
 
 BASE = "__base__"

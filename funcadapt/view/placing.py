@@ -203,7 +203,10 @@ class Placing:
 
     def _tokens(self, tokens: Tokens) -> None:
         first: Any = None
-        given: dict[str, Any] = {"token_indices": tokens.indices.tolist(), "values": {TOKENS: self._own(tokens.rows_of)}}
+        given: dict[str, Any] = {
+            "token_indices": tokens.indices.tolist(),
+            "values": {TOKENS: self._own(tokens.rows_of)},
+        }
         for module, _ in self.bare.heads[tokens.path]:
             if first is not None:
                 given["tied_adapter"] = first.token_adapter

@@ -23,7 +23,7 @@ def parts(model: nn.Module) -> list[AdapterLayer | AuxiliaryTrainingWrapper]:
 
 
 def check_names(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse names that the model does not have. (PEFT accepts them, and the adapters then do nothing.)
+    """Refuse names that the model does not have; PEFT accepts them, and the adapters then do nothing.
 
     Args:
         model: the model.

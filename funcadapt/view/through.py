@@ -51,6 +51,10 @@ class AttentionLayer(ThroughWeight):
 class ParameterLayer(ThroughWeight):
     """A module with one plain parameter adapted. Several parameters of a module are several layers around it."""
 
+    def extra_repr(self) -> str:
+        """The parameter's name, as PEFT prints it."""
+        return f"parameter_name={self.parameter_name!r},"
+
     @property
     def parameter_name(self) -> str:
         """The parameter's name in the module."""
