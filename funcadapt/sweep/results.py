@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from funcadapt.adapter import Adapter
-from funcadapt.checkpoint import _write_all, save
+from funcadapt.checkpoint import save, write_all
 from funcadapt.errors import did_you_mean
 from funcadapt.recipes.pretrained import optional
 from funcadapt.sweep.trials import Trial, shown, value, varied
@@ -117,7 +117,7 @@ class Result:
             folders.append(folder)
             record["checkpoint"] = folder and folder.name
         text = json.dumps({"seconds": self.seconds, "best": self.best.name, "runs": records}, indent=1)
-        _write_all(root, {"results.json": text.encode()})
+        write_all(root, {"results.json": text.encode()})
         return folders
 
     def table(self) -> Any:

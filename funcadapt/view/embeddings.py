@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from funcadapt._torch import named_modules
+
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
 Lookup = Callable[[nn.Module, str], int | None]
@@ -57,8 +59,8 @@ def is_targeted(model: nn.Module, config: Any) -> bool:
     if isinstance(targets, str):
         if targets == "all-linear":
             return False
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-        paths = [path for path, _ in base.named_modules() if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        get_base: Any = getattr(model, "get_base_model", lambda: model)
+        paths = [path for path, _ in named_modules(get_base()) if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
         return any(re.fullmatch(targets, path) is not None for path in paths)
     return any(name in (targets or ()) for name in EMBEDDING_LAYER_NAMES)
 
@@ -113,7 +115,7 @@ def embedding_prefixes(model: Any, config: Any) -> Iterator[str]:
         base = getattr(layer, "base_layer", None)
         if targeted and not isinstance(base, nn.Linear | nn.Embedding):
             continue
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             if (module is layer and not targeted) or (base is not None and module is base):
                 yield f"{path}."
                 break

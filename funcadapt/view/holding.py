@@ -120,7 +120,7 @@ def entry_of(view: View, site: Site, base: nn.Module, container: str, parts: Map
     weight = parts.get("weight")
     if weight is not None and weight.ndim == 2 and parts.keys() <= {"weight", "bias"}:
         return linear(weight, parts.get("bias"))
-    made = Entry(view.entries.get(container, ""))
+    made = Entry(view.entries.get(f"{container}:{site.kind}", view.entries.get(container, "")))
     for name, value in parts.items():
         owner: nn.Module = made
         *path, last = name.split(".")

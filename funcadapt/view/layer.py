@@ -20,7 +20,7 @@ from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.layer import Dense, Layer
 from funcadapt.method import View, method_of
 from funcadapt.sites import Site
-from funcadapt.view.holding import addresses, dropout_module, new_containers, put, scalar, take
+from funcadapt.view.holding import Address, addresses, dropout_module, new_containers, put, scalar, take
 
 
 class Held:
@@ -29,17 +29,19 @@ class Held:
     Attributes:
         config: the config, patterns resolved.
         method: the method that it selects.
-        addresses: where its leaves are held.
+        addresses: where its leaves can be held.
+        present: where those are that it has, once somebody looked.
         derived: the 0-d leaves as they were last made: leaf -> (the number, the tensor).
         quiet: the config with another rate of dropout, as it was last made.
     """
 
-    __slots__ = ("addresses", "config", "derived", "method", "quiet")
+    __slots__ = ("addresses", "config", "derived", "method", "present", "quiet")
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config, self.method = config, method_of(config)
         self.derived: dict[str, tuple[Any, Tensor]] = {}
         self.addresses = addresses(self.method)  # here, as dynamo does not like caches
+        self.present: tuple[Address, ...] | None = None
         self.quiet: tuple[float, AdapterConfig] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -178,12 +180,7 @@ class AdapterLayer(nn.Module):
             The leaves.
         """
         held = self.adapters[name]
-        modules = self._modules
-        p: dict[str, Tensor] = {}
-        for leaf, container, rest in held.addresses:
-            value = take(modules[container], name, rest)  # pyright: ignore[reportArgumentType]
-            if value is not None:
-                p[leaf] = value
+        p = self._tensors(name, held)
         if self.site.kind in ("parameter", "experts"):
             p = {**held.method.unpack(held.config, p)}
             if self.site.experts == 1:  # without an expert axis in a checkpoint, see binding.bind
@@ -192,7 +189,20 @@ class AdapterLayer(nn.Module):
         if derived and p:
             like = next(iter(p.values()))
             for leaf in derived:
-                p[leaf] = self._derived(held, leaf, getattr(self, leaf)[name], like)
+                p[leaf] = self._derived(held, leaf, self.__dict__[leaf][name], like)
+        return p
+
+    def _tensors(self, name: str, held: Held) -> dict[str, Tensor]:
+        modules: Any = self._modules
+        if held.present is None:
+            held.present = tuple(a for a in held.addresses if take(modules[a.container], name, a.rest) is not None)
+        p: dict[str, Tensor] = {}
+        for leaf, container, rest in held.present:
+            if rest:  # what `take` does, without a call: a layer runs for every token
+                value = modules[container]._modules[name]._parameters.get(rest)
+            else:
+                value = modules[container]._parameters.get(name)
+            p[leaf] = take(modules[container], name, rest) if value is None else value  # pyright: ignore
         return p
 
     def _derived(self, held: Held, leaf: str, number: Any, like: Tensor) -> Tensor:
@@ -207,15 +217,13 @@ class AdapterLayer(nn.Module):
     def _config(self, name: str, held: Held) -> AdapterConfig:
         """The config with the rate of dropout that the dropout module has now."""
         field = self.view.dropout
-        if not field:
+        if not self.training or not field:
             return held.config
         module: Any = self._modules[field]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
         rate = module.p if isinstance(module, nn.Dropout) and module.training else 0.0
         if not self._drops():
             rate = 0.0
-        if rate == getattr(held.config, field) or not self.training:
-            return held.config
-        return held.with_dropout(field, rate)
+        return held.config if rate == getattr(held.config, field) else held.with_dropout(field, rate)
 
     def _drops(self) -> bool:
         """Whether dropout can act here. PEFT ignores it in attention without a word; so do we, `inject` warns."""
@@ -249,7 +257,7 @@ class AdapterLayer(nn.Module):
         return self._run(levels, *args, **kwargs) if levels else self.base_layer(*args, **kwargs)
 
     def _run(self, levels: Sequence[Level], *args: Any, **kwargs: Any) -> Any:
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]  # nn.Module's own lookup takes its time
         if not self.cast_input_dtype_enabled:
             self._cast_leaves(levels, args[0] if args else next(iter(kwargs.values())))
         if isinstance(base, AdapterLayer):

@@ -2,8 +2,7 @@
 
     W' = W with the rows `indices` replaced by the trained ones
 
-An embedding and a head tied to it share the rows. Replaced rows are looked up instead of being written into a copy of
-W: the copy of a vocabulary costs more than the layer itself.
+An embedding and a head tied to it share the rows.
 """
 
 from __future__ import annotations
@@ -13,65 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from funcadapt._torch import is_compiling
 from funcadapt.binding import TOKENS
 from funcadapt.view.buffer_dict import BufferDict
+from funcadapt.view.token_rows import look_up, project, replaced
 
 ORIGINAL = "trainable_tokens_original"
 _MESSAGE = "TrainableTokensLayer wraps an unknown layer type, maybe you are targeting the wrong layer?"
-
-
-def replaced(weight: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """A weight with some rows replaced.
-
-    Args:
-        weight: (vocabulary, width).
-        indices: (tokens), distinct.
-        rows: (tokens, width).
-
-    Returns:
-        The new weight.
-    """
-    return weight.index_copy(0, indices, rows.to(weight))
-
-
-def look_up(x: Tensor, y: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """The output of an embedding whose rows at `indices` are others.
-
-    Args:
-        x: token ids.
-        y: the output of the embedding as it is, (*x.shape, width).
-        indices: (tokens), distinct.
-        rows: (tokens, width).
-
-    Returns:
-        The output.
-    """
-    ordered, order = indices.to(x.dtype).sort()
-    place = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
-    hit = ordered[place] == x
-    return torch.where(hit.unsqueeze(-1), F.embedding(order[place], rows.to(y)), y)
-
-
-def project(x: Tensor, y: Tensor, indices: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """The output of a linear layer whose rows at `indices` are others.
-
-    Args:
-        x: (..., width).
-        y: the output of the layer as it is, (..., vocabulary).
-        indices: (tokens), distinct.
-        rows: (tokens, width).
-        bias: (vocabulary), or None.
-
-    Returns:
-        The output.
-    """
-    new = F.linear(x, rows, None if bias is None else bias[indices])
-    return y.index_copy(-1, indices, new.to(y.dtype))
 
 
 class TrainableTokensLayer(nn.Module):

@@ -1,0 +1,115 @@
+"""What each adapter has in a live model, read off the modules: its keys in a state dict and in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from funcadapt.config import AdapterConfig
+from funcadapt.errors import AdapterError, did_you_mean
+from funcadapt.method import Leaf
+from funcadapt.view.holding import addresses
+from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.walking import auxiliaries, layers, view_state
+
+# names that torch's wrappers put into the paths of modules, but not into the keys of a state dict
+_SHARDING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def state_path(path: str) -> str:
+    """The path of a module as the keys of a state dict have it."""
+    return ".".join(part for part in path.split(".") if part not in _SHARDING)
+
+
+def join(*parts: str) -> str:
+    """Parts of a key as one; empty ones are left out."""
+    return ".".join(part for part in parts if part)
+
+
+@dataclasses.dataclass
+class Own:
+    """The leaves of one adapter at one layer.
+
+    Attributes:
+        layer: the layer.
+        path: its path in the state dict.
+        keys: leaf -> (key in a checkpoint, key in the state dict).
+    """
+
+    layer: AdapterLayer
+    path: str
+    keys: dict[str, tuple[str, str]]
+
+
+def own_leaves(model: nn.Module, name: str) -> Iterator[Own]:
+    """What an adapter has at each layer. Layers in auxiliary wrappers are theirs."""
+    within = tuple(f"{path}." for path, _ in auxiliaries(model))
+    for live, layer in layers(model):
+        held = layer.adapters.get(name)
+        if held is None or live.startswith(within):
+            continue
+        path, keys = state_path(live), held.method.keys
+        named = [a for a in addresses(held.method) if a.leaf in keys]
+        found = {leaf: (join(path, keys[leaf]), join(path, held_in, name, rest)) for leaf, held_in, rest in named}
+        yield Own(layer, path, found)
+
+
+def places_of(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Every place where a model holds something of an adapter: (prefix of its keys, the adapter's name)."""
+    for live, layer in layers(model):
+        for container in layer.adapter_layer_names:
+            for name in layer.adapters:
+                yield f"{state_path(live)}.{container}.{name}", name
+    for live, wrapper in auxiliaries(model):
+        for container in wrapper.adapter_layer_names:
+            for name in wrapper.available_adapters:
+                yield f"{state_path(live)}.{container}.{name}", name
+
+
+def above(key: str) -> Iterator[str]:
+    """A key and everything that it is below of."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
+def config_of(model: nn.Module, name: str) -> AdapterConfig:
+    """The config of an adapter of a model.
+
+    Args:
+        model: the model.
+        name: the adapter's name.
+
+    Returns:
+        The config.
+
+    Raises:
+        AdapterError: if there is no such adapter; near matches are listed.
+    """
+    configs = view_state(model).configs
+    if name not in configs:
+        raise AdapterError(f"Adapter {name} not found.{did_you_mean(name, configs)}")
+    return configs[name]
+
+
+def reduced(layer: AdapterLayer, name: str, config: AdapterConfig, leaves: Leaf) -> Leaf:
+    """Leaves of one layer in the form that a checkpoint of that config has: AdaLoRA leaves out what it pruned."""
+    method, path = layer.adapters[name].method, layer.site.path
+    if method.stored is None or not leaves:
+        return leaves
+    if layer.site.kind not in ("parameter", "experts"):
+        return {**leaves, **method.stored(config, path, leaves)}
+    inner = method.unpack(config.at(path), leaves)
+    return method.pack({**inner, **method.stored(config, path, inner)})
+
+
+def without_name(key: str, name: str, places: Mapping[str, str]) -> str:
+    """A key without the adapter's name, where it stands for the adapter and is PEFT's to strip."""
+    last, parent = key, key.rpartition(".")[0]
+    if last in places:
+        return parent
+    if parent in places:  # PEFT looks no deeper
+        return f"{parent.rpartition('.')[0]}.{key.rpartition('.')[2]}"
+    return key

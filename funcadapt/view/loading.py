@@ -1,0 +1,211 @@
+"""The tensors of a checkpoint into a live model; see `view.state_dict` for the way out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from funcadapt.config import AdapterConfig
+from funcadapt.keys import PREFIX
+from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
+from funcadapt.view.entries import above, config_of, own_leaves, places_of, reduced, state_path, without_name
+from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.walking import auxiliaries, layers
+
+
+def load_adapter_state_dict(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    config: AdapterConfig | None = None,
+) -> Any:
+    """Give an adapter of a live model the values of a checkpoint. Everything is checked before anything is written.
+
+    Args:
+        model: the model. A model without PEFT's prefix `base_model.model.` takes keys with it and without.
+        tensors: key -> tensor.
+        name: the adapter's name.
+        ignore_mismatched_sizes: whether tensors of another shape than the model's are left out, with a warning.
+        low_cpu_mem_usage: whether the tensors take the place of the model's, which may be on the meta device, instead
+            of being copied into them. They are moved to the base layers' device and dtype.
+        config: the adapter's config, where somebody changed it.
+
+    Returns:
+        As `nn.Module.load_state_dict` of the whole model: a named tuple of `missing_keys`, those of the base model
+        among them, and `unexpected_keys`.
+
+    Raises:
+        AdapterError: if there is no such adapter.
+        KeyError: if the checkpoint lacks a module that is trained in full, or trained rows.
+        RuntimeError: if a shape differs, a value is no tensor, or a key is there twice.
+    """
+    config = config or config_of(model, name)
+    held: dict[str, Any] = model.state_dict()
+    to_model = _load_map(model, name, held, tensors)
+    prefixed = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
+    values: dict[str, Any] = {}
+    for key, value in tensors.items():
+        target = to_model.get(key, key)
+        target = target if prefixed else target.removeprefix(PREFIX)
+        if target in values:
+            raise RuntimeError(f"The state dict has {target!r} twice, with and without the prefix {PREFIX!r}.")
+        values[target] = value
+    resized = _resized(model, name, config, held, values)
+    held.update(resized)
+    mismatched = [key for key in values if key in held and not _fits(values[key], held[key])]
+    if mismatched and not ignore_mismatched_sizes:
+        raise RuntimeError(_mismatch_error(model, mismatched, values, held))
+    message = _mismatch_warning(model, mismatched, values, held)
+    for key in mismatched:
+        del values[key]
+    check_tensors(model, values)
+    _resize(model, name, resized, values)
+    split = {key: _split_like(held.get(key), value) for key, value in values.items()}
+    result = model.load_state_dict(split, strict=False, assign=low_cpu_mem_usage)
+    if low_cpu_mem_usage:
+        for _, layer in layers(model):
+            _move_to_base(layer, name)
+        for _, wrapper in auxiliaries(model):
+            if hasattr(wrapper, "token_adapter"):
+                wrapper.token_adapter._move_adapter_to_device_of_base_layer(name)
+    if mismatched:
+        warnings.warn(message, stacklevel=2)
+    return result
+
+
+def _load_map(model: nn.Module, name: str, held: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Key in a checkpoint -> key in the state dict."""
+    places = {prefix: owner for prefix, owner in places_of(model) if owner == name}
+    found: dict[str, str] = {}
+    for key in held:  # also what PEFT has saved in earlier versions, such as AdaLoRA's ranknum
+        if any(above in places for above in above(key)):
+            found[without_name(key, name, places)] = key
+    for own in own_leaves(model, name):
+        found.update({saved: key for saved, key in own.keys.values() if key in held})
+    for key in list(found):
+        if not found[key].startswith(PREFIX):
+            found[PREFIX + key] = found[key]
+    for live, wrapper in auxiliaries(model):
+        path = state_path(live)
+        for saved, key in wrapper.adapter_state_dict_load_map(name).items():
+            found[_saved_key(wrapper, f"{path}.{saved}", tensors)] = f"{path}.{key}"
+    return found
+
+
+def _saved_key(wrapper: AuxiliaryTrainingWrapper, key: str, tensors: Mapping[str, Any]) -> str:
+    for candidate in (key, PREFIX + key):
+        if candidate in tensors:
+            return candidate
+    raise KeyError(f"{key!r} is missing: {wrapper._field()} of the adapter's config says that the checkpoint has it.")
+
+
+def _fits(value: Any, held: Any) -> bool:
+    """Whether a value can be loaded in the place of another one, as far as its shape goes."""
+    if not isinstance(value, Tensor) or not isinstance(held, Tensor):
+        return True
+    packed = held.ndim > 0 and held.shape[-1] == 1 and held.numel() * 2 == value.numel()  # two 4-bit weights in a byte
+    scalar = held.ndim == 0 and value.shape == (1,)
+    return packed or scalar or value.shape == held.shape
+
+
+def _mismatch_error(model: nn.Module, keys: Iterable[str], values: Mapping[str, Any], held: Mapping[str, Any]) -> str:
+    lines = [
+        f"\tsize mismatch for {key}: copying a param with shape {values[key].shape} from checkpoint, the shape in "
+        f"current model is {held[key].shape}."
+        for key in keys
+    ]
+    return f"Error(s) in loading state_dict for {type(model).__name__}:\n" + "\n".join(lines)
+
+
+def _mismatch_warning(model: nn.Module, keys: Iterable[str], values: Mapping[str, Any], held: Mapping[str, Any]) -> str:
+    lines = [
+        f"- {key}: found shape {values[key].shape} in the checkpoint and {held[key].shape} in the model instantiated"
+        for key in keys
+    ]
+    return (
+        f"Some weights of {type(model).__name__} were not initialized from the model checkpoint and are being ignored "
+        f"because you passed `ignore_mismatched_sizes=True`: {chr(10).join(lines)}."
+    )
+
+
+def check_tensors(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Refuse what torch would only find when half of it is written.
+
+    Args:
+        model: the model, for the message.
+        values: the state dict to be loaded.
+
+    Raises:
+        RuntimeError: for the first value that is no tensor.
+    """
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            raise RuntimeError(
+                f"Error(s) in loading state_dict for {type(model).__name__}:\n\tWhile copying the parameter named "
+                f'"{key}", expected torch.Tensor or Tensor-like object from checkpoint but received {type(value)}.'
+            )
+
+
+def _resized(
+    model: nn.Module, name: str, config: AdapterConfig, held: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The model's tensors that a checkpoint of that config has in another shape, in that shape."""
+    found: dict[str, Tensor] = {}
+    for own in own_leaves(model, name):
+        leaves = {leaf: held[key] for leaf, (_, key) in own.keys.items() if key in held}
+        for leaf, value in reduced(own.layer, name, config, leaves).items():
+            key = own.keys[leaf][1]
+            # a checkpoint that was written before the config was changed has all of it
+            whole = isinstance(values.get(key), Tensor) and values[key].shape == leaves[leaf].shape
+            if value.shape != leaves[leaf].shape and not whole:
+                found[key] = value
+    return found
+
+
+def _resize(model: nn.Module, name: str, resized: Mapping[str, Tensor], values: dict[str, Any]) -> None:
+    """Put tensors of another shape into the layers: parameters of the values that are loaded next."""
+    for own in own_leaves(model, name) if resized else ():
+        held = own.layer.adapters[name]
+        keys = {leaf: key for leaf, (_, key) in own.keys.items() if key in resized}
+        # the layout is the method's: a layer that lost everything keeps one row of zeros
+        new = held.method.layout({leaf: values.get(key, resized[key]) for leaf, key in keys.items()})
+        for leaf, value in new.items() if keys else ():
+            owner, _, short = keys[leaf].rpartition(".")
+            parameters = own.layer.get_submodule(owner.removeprefix(f"{own.path}."))._parameters
+            old: Any = parameters[short]
+            value = value.detach().to(device=None if old.is_meta else old.device, dtype=old.dtype).clone()
+            parameters[short] = nn.Parameter(value, requires_grad=old.requires_grad)
+            if keys[leaf] in values:
+                values[keys[leaf]] = value
+        ranks: Any = getattr(own.layer, "r", None)
+        if keys and isinstance(ranks, dict):
+            ranks[name] = held.config.rank(own.layer.leaves(name))
+
+
+def _split_like(held: Any, value: Tensor) -> Tensor:
+    """A whole tensor split among devices as the model's is; all of them call this, each with the whole."""
+    if not hasattr(held, "device_mesh") or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(held.device), held.device_mesh, held.placements)
+
+
+def _move_to_base(layer: AdapterLayer, name: str) -> None:
+    """The tensors of an adapter to the device and floating dtype of the base weight, unless they are on meta."""
+    like: Tensor = getattr(layer.get_base_layer(), layer.site.parameter)
+    for container in layer.adapter_layer_names:
+        held: Any = layer._modules[container]
+        if name not in held:
+            continue
+        entry = held[name]
+        for tensor in [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]:
+            if not tensor.is_meta:
+                dtype = like.dtype if tensor.is_floating_point() and like.is_floating_point() else None
+                tensor.data = tensor.data.to(device=like.device, dtype=dtype)
