@@ -67,7 +67,7 @@ def merge_layer(layer: AdapterLayer, names: Sequence[str] | None, safe: bool) ->
 
 
 def _write(layer: AdapterLayer, name: str, value: Tensor) -> None:
-    from funcadapt.view.layer import Kept
+    from funcadapt.view.switches import Kept
 
     parameter = layer.get_base_layer()._parameters[name]
     assert parameter is not None

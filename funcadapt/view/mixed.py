@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ BASE = "__base__"
 
 
 @contextlib.contextmanager
-def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Generator[nn.Module, None, None]:
+def mixed_batch(
+    model: nn.Module, adapter_names: Sequence[str], keep: Callable[[str], bool] | None = None
+) -> Generator[nn.Module, None, None]:
     """Row i of every call in the block uses the adapter `adapter_names[i]`, whatever is active.
 
     For every method: the adapters become values, are stacked, and rows are routed to them by `fa.routed`. (PEFT's
@@ -32,6 +34,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Generator[nn.
     Args:
         model: the model.
         adapter_names: a name for each row; "__base__" for the bare model.
+        keep: the paths at which this holds, if not everywhere: an encoder may see other rows than its decoder.
 
     Yields:
         The model.
@@ -44,7 +47,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Generator[nn.
     if any(layer.merged for _, layer in layers(root)):
         raise AdapterError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`.")
     names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
-    values = {name: adapter_of(root, name) for name in names}
+    values = {name: _kept(adapter_of(root, name), keep) for name in names}
     entries: dict[str, Entry] = {}
     for group in _stackable(values):
         place = {name: i for i, name in enumerate(group)}
@@ -52,6 +55,15 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Generator[nn.
         entries[group[0]] = routed(stack([values[name] for name in group]), index)
     with unwrapped(root), applied(root, entries):
         yield model
+
+
+def _kept(adapter: Adapter, keep: Callable[[str], bool] | None) -> Adapter:
+    if keep is None:
+        return adapter
+    trees = (
+        {path: leaves for path, leaves in tree.items() if keep(path)} for tree in (adapter.params, adapter.buffers)
+    )
+    return Adapter(*trees, adapter.config)
 
 
 def _stackable(values: dict[str, Adapter]) -> list[list[str]]:

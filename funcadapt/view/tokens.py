@@ -38,6 +38,9 @@ class TrainableTokensLayer(nn.Module):
         tied_adapter: the layer whose rows this one shares.
         values: the rows' values, `{"trainable_tokens_delta": (tokens, width)}`; by default those of the base.
 
+    Raises:
+        ValueError: if the layer is neither an embedding nor linear, or an index is out of range or given twice.
+
     Example:
         >>> import torch
         >>> layer = TrainableTokensLayer(torch.nn.Embedding(6, 2), "default", [1, 4])
@@ -63,6 +66,8 @@ class TrainableTokensLayer(nn.Module):
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(base_layer, nn.Embedding | nn.Linear):
+            raise ValueError(f"{_MESSAGE} It is a {type(base_layer).__name__}, and has to be an Embedding or Linear.")
         self.base_layer = base_layer
         self._active_adapter: str | list[str] = adapter_name
         self._disable_adapters = False
@@ -255,7 +260,7 @@ class TrainableTokensLayer(nn.Module):
             Its output.
 
         Raises:
-            ValueError: if two adapters replace one row, or the layer is neither an embedding nor linear.
+            ValueError: if two adapters replace one row.
         """
         names = [name for name in active_adapters if name in self.trainable_tokens_delta]
         if self._disable_adapters or not names:
@@ -264,8 +269,6 @@ class TrainableTokensLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if not isinstance(self.base_layer, nn.Embedding | nn.Linear):
-            raise ValueError(_MESSAGE)
         if len(names) > 1:
             self._check_overlap(names)
         if not self._is_plain(names):
@@ -332,7 +335,10 @@ class TrainableTokensLayer(nn.Module):
                 del held[adapter_name]
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
-            self.set_adapter(left or self._all_available_adapter_names()[:1])
+            if not left and (left := self._all_available_adapter_names()[:1]):
+                message = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}."
+                warnings.warn(message, stacklevel=2)
+            self.set_adapter(left)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         weight = self.weight
