@@ -139,7 +139,7 @@ class View:
         derived: the 0-d leaves that follow from the config and are a dict of numbers on the layer: "scaling".
         dropout: the config field with the rate of dropout, also the name of the dict of dropout modules.
         attributes: config fields that are dicts by adapter name on the layer, too: "r", "lora_alpha".
-        entries: dict -> what its entries print, where they are no layers.
+        entries: dict -> what its entries print, where they are no layers; "dict:kind" for a kind of layer.
         holder: (site, base layer, container, leaves by the rest of their names) -> the entry of a ModuleDict; None for
             a plain Linear.
         warm: (site, config, draw): draws what PEFT's constructors draw from torch's generator before the init does, so

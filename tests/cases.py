@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import funcadapt as fa
 from funcadapt.init import _draw
 from funcadapt.method import Method, methods
+from funcadapt.methods.adalora import AdaLoraConfig
 from funcadapt.sites import describe
 
 # -- layer kinds ------------------------------------------------------------------------------------------
@@ -196,6 +197,20 @@ VARIANTS: dict[str, list[Variant]] = {
             "input",
             lambda target_modules: fa.IA3Config(target_modules=target_modules, feedforward_modules=target_modules),
             EMBEDDINGS,
+        ),
+    ],
+    "adalora": [
+        Variant("plain", _config(AdaLoraConfig, init_r=2, target_r=1, total_step=10)),
+        Variant(
+            "random",
+            _config(AdaLoraConfig, init_r=2, target_r=1, total_step=10, lora_alpha=-1, init_lora_weights=False),
+            identity=False,
+        ),
+        Variant(
+            "dropout",
+            _config(AdaLoraConfig, init_r=2, target_r=1, total_step=10, lora_dropout=0.5),
+            PARAMETERS,
+            training=False,
         ),
     ],
 }

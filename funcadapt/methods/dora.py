@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcadapt import _torch, lowrank
 from funcadapt._torch import linalg
+from funcadapt.combining import Algebra, Recipe, Spot, sums_to_one
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
@@ -99,6 +101,59 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
     return merged.to(weight.dtype), bias
 
 
+def combine(recipe: Recipe, spot: Spot) -> Fresh:
+    """DoRA's part of `fa.combine`.
+
+    With c_i = m_i / n_i, a weighted sum of what adapters change is a DoRA again, whose rank is the sum of the ranks:
+
+        W + sum w_i (W'_i - W) = g (W + sum w_i (c_i / g) s_i B_i A_i),    g = 1 + sum w_i (c_i - 1),    row by row
+
+    which is what "cat", "svd" and the recipes that end in svd make; they need W. The others combine the factors as
+    LoRA's, and the magnitudes as |W| + sum w_i (m_i - |W|), an approximation, for which W is needed unless the weights
+    sum to one. PEFT gives the new adapter the magnitude |W|, whatever the adapters have: even a copy of one is wrong.
+
+    Args:
+        recipe: how.
+        spot: the site.
+
+    Returns:
+        The leaves.
+
+    Raises:
+        SiteError: if the weighted sum has no base weight left in some row (g = 0).
+    """
+    found = lowrank.updates(spot)
+    vectors = [m.p["lora_magnitude_vector"] for m in spot.members]
+    magnitudes = [v.to(u.b).reshape(u.b.shape[:2]) for v, u in zip(vectors, found, strict=True)]
+    norms = torch.func.vmap(row_norm, (0, 0, 0, None))
+    if recipe.exact:
+        base = _base(spot, found[0])
+        ratios = [m / norms(base, u.a, u.b, u.s).to(m.dtype) for m, u in zip(magnitudes, found, strict=True)]
+        gain = 1 + sum((u.w * (c - 1) for c, u in zip(ratios, found, strict=True)), torch.zeros_like(ratios[0]))
+        if not _torch.values_unknown() and (gain == 0).any():
+            raise SiteError(f"The weights cancel the base weight of a row at {spot.path!r}, which DoRA cannot express.")
+        found = [u._replace(b=u.b * (c / gain).unsqueeze(2)) for c, u in zip(ratios, found, strict=True)]
+        a, b = lowrank.combined(recipe, spot, found)
+        magnitude = gain * norms(base, a, b, torch.ones_like(found[0].s)).to(gain.dtype)
+    else:
+        a, b = lowrank.combined(recipe, spot, found)
+        weights = spot.weights(found[0].b)
+        magnitude = (weights[:, None, None] * torch.stack(magnitudes)).sum(0)
+        if not sums_to_one([m.w for m in spot.members]):
+            norm: Tensor = linalg.vector_norm(_base(spot, found[0]), dim=2)
+            magnitude = magnitude + (1 - weights.sum()) * norm.to(magnitude.dtype)
+    params = lowrank.leaves(spot, a, b)
+    params["lora_magnitude_vector"] = magnitude.reshape(vectors[0].shape).to(lowrank.dtype_of(spot))
+    return Fresh(params, lowrank.one(spot))
+
+
+def _base(spot: Spot, like: lowrank.Update) -> Tensor:
+    """The base weight in block form, (blocks, out, columns), in at least float32."""
+    weight = spot.base()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide).reshape(*like.b.shape[:2], like.a.shape[2])
+
+
 METHOD = register(
     Method(
         name="dora",
@@ -119,6 +174,7 @@ METHOD = register(
         dropout=lora.METHOD.dropout,
         reads=lora.METHOD.reads,
         with_rank=lora.with_rank,
+        algebra=Algebra(combine, lowrank.config),
         view=lora.VIEW,
         constant_in_gradient=frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}),
     )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from funcadapt import targets
+from funcadapt.combining import Algebra, Recipe, Spot, as_scalar, same_shapes, united
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError, TargetError
 from funcadapt.layer import Layer
@@ -134,6 +135,51 @@ def warm(site: Site, config: IA3Config, draw: Draw) -> None:
         init(site, dataclasses.replace(config, init_ia3_weights=False), draw, lambda: draw.zeros())
 
 
+def combine(recipe: Recipe, spot: Spot) -> Fresh:
+    """(IA)^3's part of `fa.combine`.
+
+    "linear" is sum w_i l_i, as in PEFT, where an adapter that has nothing here counts as ones (PEFT: as zeros, so that
+    an activation vanishes which no adapter scales). The others sum what the adapters change, l_i - 1: "cat" exactly,
+    the sparse ones as TIES was published, on the vectors of (IA)^3. There is no rank to cut.
+
+    Args:
+        recipe: how.
+        spot: the site.
+
+    Returns:
+        The vector.
+
+    Raises:
+        SiteError: if the recipe ends in svd, or one adapter scales the input and another the output.
+    """
+    if recipe.is_svd:
+        raise SiteError(f"{recipe.name!r} cuts ranks, and (IA)^3 has none. Use 'cat' or 'linear', or a sparse one.")
+    configs = [spot.config, *(member.config for member in spot.members)]
+    if len({_is_feedforward(config.feedforward_modules, spot.path) for config in configs}) > 1:
+        raise SiteError(
+            f"{spot.path!r} is one of feedforward_modules in some of the adapters, and not in others: their vectors "
+            "scale different things."
+        )
+    vectors = [member.p["ia3_l"] for member in spot.members]
+    same_shapes(spot.path, [{"ia3_l": tuple(vector.shape)} for vector in vectors])
+    dtype = torch.stack(vectors).dtype
+    wide = [vector.to(torch.promote_types(dtype, torch.float32)) for vector in vectors]
+    weights = spot.weights(wide[0])
+    if recipe.name == "linear":
+        vector = recipe.merge(wide, weights, spot.path)
+        for w in spot.absent:
+            vector = vector + as_scalar(w, vector)
+    else:
+        vector = 1 + recipe.merge([each - 1 for each in wide], weights, spot.path)
+    return Fresh({"ia3_l": vector.to(dtype)}, {})
+
+
+def union(configs: Sequence[IA3Config], merged: IA3Config) -> IA3Config:
+    """The new adapter has the feed-forward layers of all."""
+    names = united([config.feedforward_modules for config in configs], "feedforward_modules")
+    return dataclasses.replace(merged, feedforward_modules=names)
+
+
 METHOD = register(
     Method(
         name="ia3",
@@ -149,6 +195,7 @@ METHOD = register(
         check=check,
         reads=frozenset({"feedforward_modules"}),
         neutral=lambda p: {name: torch.ones_like(leaf) for name, leaf in p.items()},
+        algebra=Algebra(combine, union),
         view=View("ia3", "IA3", "ia3_", warm=warm),
     )
 )

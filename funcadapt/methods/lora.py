@@ -17,6 +17,7 @@ out-projection of `nn.MultiheadAttention` is adapted once, not twice (B1); PiSSA
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -206,7 +207,13 @@ def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor
     else:
         gaussian = how == "gaussian"
         a = draw.normal(*shape_a, std=1 / r) if gaussian else draw.uniform(*shape_a, bound=1 / math.sqrt(fan_in))
-        b = draw.zeros(*shape_b) if how is not False else draw.uniform(*shape_b, bound=math.sqrt(site.groups / r))
+        if how is not False:
+            b = draw.zeros(*shape_b)
+        elif experts:  # one layer for all of them, in the order of `pack`
+            b = draw.uniform(site.out_features, r, *experts, bound=1 / math.sqrt(r * site.experts))
+            b = b.movedim(-1, 0).contiguous()
+        else:
+            b = draw.uniform(*shape_b, bound=math.sqrt(site.groups / r))
     params = {name_a: a, name_b: b}
     if config.lora_bias and kind == "mha" and not site.bias:
         raise SiteError(f"lora_bias=True needs a bias at {site.path!r}, which is applied through its weight.")
@@ -241,8 +248,9 @@ def _factors(
     if how == "pissa":
         u, s, vh = linalg.svd(w, full_matrices=False)
     elif match := re.fullmatch(r"pissa_niter_(\d+)", how):
-        with fork_rng(devices=[]):  # svd_lowrank has no generator argument
-            torch.manual_seed(0 if draw.generator is None else draw.generator.initial_seed())  # pyright: ignore
+        with contextlib.nullcontext() if draw.generator is None else fork_rng(devices=[]):
+            if draw.generator is not None:  # svd_lowrank takes no generator, only torch's own
+                torch.manual_seed(draw.generator.initial_seed())  # pyright: ignore[reportUnknownMemberType]
             u, s, v = torch.svd_lowrank(w, r, niter=int(match.group(1)))
         vh = v.T
     else:
@@ -565,7 +573,14 @@ VIEW = View(
     derived=("scaling",),
     dropout="lora_dropout",
     attributes=("r", "lora_alpha", "use_dora", "use_rslora", "lora_bias"),
-    entries={"lora_magnitude_vector": "lora.dora.DoraLinearLayer"},
+    entries={
+        "lora_magnitude_vector": "lora.dora.DoraLinearLayer",
+        # PEFT's classes that derive from that one put the prefix before themselves once more
+        **{
+            f"lora_magnitude_vector:{name.lower()}": f"lora.dora.lora.dora.Dora{name}Layer"
+            for name in ("Embedding", "Conv1d", "Conv2d", "Conv3d")
+        },
+    },
     holder=holder,
     warm=warm,
 )

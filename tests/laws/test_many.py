@@ -89,7 +89,7 @@ def refuses(case: Case, how: str | None) -> bool:
 
 
 def has_rank(case: Case) -> bool:
-    return "r" in {field.name for field in dataclasses.fields(case.method.config)}
+    return case.method.rank_field in {field.name for field in dataclasses.fields(case.method.config)}
 
 
 def of_ranks(case: Case, model: nn.Sequential, ranks: tuple[int, ...]) -> list[fa.Adapter]:
@@ -99,7 +99,7 @@ def of_ranks(case: Case, model: nn.Sequential, ranks: tuple[int, ...]) -> list[f
     for seed, r in enumerate(ranks):
 
         def config(r: int = r * groups, **targets: Any) -> fa.AdapterConfig:
-            return dataclasses.replace(case.variant.config(**targets), r=r)  # pyright: ignore
+            return dataclasses.replace(case.variant.config(**targets), **{case.method.rank_field: r})  # pyright: ignore
 
         other = dataclasses.replace(case, variant=dataclasses.replace(case.variant, config=config))
         adapters.append(other.adapter(model, seed))
