@@ -70,6 +70,9 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         raise AdapterFileError(f"Provided path ({folder}) should be a directory, not a file.")
     method = method_of(adapter.config)
     config = method.describe(adapter.config, {path: adapter.leaves(path) for path in adapter.params})
+    if method.stored is not None:
+        stored = {path: method.stored(config, path, adapter.leaves(path)) for path in adapter.params}
+        adapter = adapter.replace(params={path: {**p, **stored[path]} for path, p in adapter.params.items()})
     tensors, order = encode(adapter, method)
     metadata = {"format": "pt"}
     unusual = [key for key in buffer_keys(adapter) if key in tensors]
@@ -81,10 +84,16 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     values = {**config.to_dict(), "inference_mode": True, "peft_version": _FORMAT_OF}
     text = json.dumps(dict(sorted(values.items())), indent=2)  # not sort_keys: the first rank_pattern wins
     folder.mkdir(parents=True, exist_ok=True)
-    _write_all(folder, {WEIGHTS: to_bytes(content, metadata), CONFIG: text.encode()})
+    write_all(folder, {WEIGHTS: to_bytes(content, metadata), CONFIG: text.encode()})
 
 
-def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, each beside its place first: all of them get there, or none.
+
+    Args:
+        folder: the folder, which exists.
+        files: name -> content.
+    """
     written: list[tuple[str, Path]] = []
     try:
         for name, content in files.items():

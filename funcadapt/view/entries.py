@@ -56,12 +56,17 @@ def own_leaves(model: nn.Module, name: str) -> Iterator[Own]:
         yield Own(layer, path, found)
 
 
-def places_of(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Every place where a model holds something of an adapter: (prefix of its keys, the adapter's name)."""
+def layer_places(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Every place where a layer holds something of an adapter: (prefix of its keys, the adapter's name)."""
     for live, layer in layers(model):
         for container in layer.adapter_layer_names:
             for name in layer.adapters:
                 yield f"{state_path(live)}.{container}.{name}", name
+
+
+def places_of(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Every place where a model holds something of an adapter, auxiliary wrappers included."""
+    yield from layer_places(model)
     for live, wrapper in auxiliaries(model):
         for container in wrapper.adapter_layer_names:
             for name in wrapper.available_adapters:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funcadapt.config import AdapterConfig
 from funcadapt.keys import PREFIX
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
-from funcadapt.view.entries import above, config_of, own_leaves, places_of, reduced, state_path, without_name
+from funcadapt.view.entries import above, config_of, layer_places, own_leaves, reduced, state_path, without_name
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.walking import auxiliaries, layers
 
@@ -81,7 +81,7 @@ def load_adapter_state_dict(
 
 def _load_map(model: nn.Module, name: str, held: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
     """Key in a checkpoint -> key in the state dict."""
-    places = {prefix: owner for prefix, owner in places_of(model) if owner == name}
+    places = {prefix: owner for prefix, owner in layer_places(model) if owner == name}
     found: dict[str, str] = {}
     for key in held:  # also what PEFT has saved in earlier versions, such as AdaLoRA's ranknum
         if any(above in places for above in above(key)):

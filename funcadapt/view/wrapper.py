@@ -209,7 +209,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         Raises:
             ValueError: if these are several that the wrapper has.
         """
-        if adapter_name not in self._get_available_adapters():
+        if adapter_name not in self._adapters:  # a tied wrapper is told after the values are gone
             return
         chosen = list(new_active_adapters or ())
         if len(chosen) > 1:

@@ -1,0 +1,378 @@
+"""`BaseTuner`: what `PeftModel.base_model` is, one class for every method; `LoraModel` and so on are generated."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import nn
+
+from funcadapt.method import View
+from funcadapt.peft.config import PeftConfig
+from funcadapt.peft.mixing import named_rows
+from funcadapt.peft.settling import settle
+from funcadapt.peft.weighting import add_weighted_adapter
+from funcadapt.view import merging, state
+from funcadapt.view.classes import family, view_named
+from funcadapt.view.inject import inject
+from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.walking import layers
+
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+class BaseTuner(nn.Module):
+    """A model with adapters injected in place, and what can be done with them.
+
+    It is what `PeftModel.base_model` is, and can be used without one: `LoraModel(model, config, "default")`. Attributes
+    that it does not have are the model's. All of its work is done by functions over the model
+    (`funcadapt.view`), for every method alike; a method adds its own through `View.tuner` and `View.loss`.
+
+    Args:
+        model: the model; it is changed in place.
+        peft_config: the config, or configs by adapter name.
+        adapter_name: which of them to inject.
+        low_cpu_mem_usage: whether the adapter is made on the meta device, for weights that are loaded next.
+        state_dict: a checkpoint whose keys say which modules to adapt, whatever the config says.
+
+    Attributes:
+        model: the model.
+        peft_config: adapter name -> config; the same dict is `model.peft_config`.
+        active_adapter: the active adapter's name, or a list of names.
+        targeted_module_names: the modules that adapters were injected into.
+        targeted_parameter_names: the parameters that adapters were injected at.
+        prefix: what the names of the method's parts begin with, e.g. "lora_".
+        tuner_layer_cls: the class of its layers.
+    """
+
+    prefix: ClassVar[str] = ""
+    tuner_layer_cls: ClassVar[type[AdapterLayer]] = AdapterLayer
+    view: ClassVar[View | None] = None
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        held: dict[str, PeftConfig] | None = getattr(model, "peft_config", None)
+        if held is not None:
+            warnings.warn(
+                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters"
+                " in the model. Make sure to know what you are doing!",
+                stacklevel=3,
+            )
+        self.peft_config: dict[str, PeftConfig] = {} if held is None else held
+        new = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else dict(peft_config)
+        before = dict(self.peft_config)
+        self.active_adapter: str | list[str] = adapter_name
+        try:
+            self.peft_config.update(new)
+            self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        except BaseException:  # a failed injection leaves no trace; PEFT keeps the config (its defect B17)
+            self.peft_config.clear()
+            self.peft_config.update(before)
+            raise
+        model.peft_config = self.peft_config  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+
+    def __getattr__(self, name: str) -> Any:
+        """The model's attributes, where this has none."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not initialised yet
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
+
+    # -- calls ------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output; a method's own loss is added to its `loss`, as AdaLoRA's orthogonality penalty is."""
+        outputs = self.model(*args, **kwargs)
+        loss = None if self.view is None else getattr(outputs, "loss", None)
+        if loss is not None:
+            assert self.view is not None
+            for name in self.active_adapters:
+                # PEFT looks for the one adapter in training and raises AttributeError where a loaded one is evaluated
+                config = self.peft_config.get(name)
+                extra = None if config is None or config.inference_mode else self.view.loss(self.model, name)
+                loss = loss if extra is None else loss + extra
+            if loss is not outputs.loss:
+                outputs.loss = loss
+        return outputs
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Rows use the adapters that `adapter_names` names, for the duration of a block: for every method."""
+        names: Sequence[str] | None = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted({name for name in names if name != "__base__"} - self.peft_config.keys())
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        with named_rows(self.model, names, kwargs):
+            yield
+
+    # -- injection --------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Inject the adapter whose config is in `peft_config`.
+
+        Args:
+            model: the model, as in PEFT; it is always the tuner's own.
+            adapter_name: the adapter's name.
+            autocast_adapter_dtype: as in PEFT, of no effect here; see `PeftModel`.
+            low_cpu_mem_usage: whether it is made on the meta device.
+            state_dict: a checkpoint whose keys say which modules to adapt.
+        """
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        resolved = inject(
+            self.model,
+            config.to_funcadapt(),
+            adapter_name,
+            state_dict=state_dict,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            activate=adapter_name in self.active_adapters,
+            inference_mode=config.inference_mode,
+        )
+        self._settle(adapter_name, resolved)
+
+    def _settle(self, adapter_name: str, resolved: Any) -> None:
+        """Record what was adapted, and what the config came to mean."""
+        for _, layer in layers(self.model):
+            layer._active_adapter = list(self.active_adapters)  # a new layer, too, that the active ones are not at
+            if adapter_name in layer.adapters:
+                if layer._read_by_parent:  # the out-projection of an attention, which is one target
+                    continue
+                plain = layer.site.kind in ("parameter", "experts")
+                names = self.targeted_parameter_names if plain else self.targeted_module_names
+                path = layer.site.path if plain else layer.site.owner
+                if path not in names:
+                    names.append(path)
+        settle(self.model, self.peft_config[adapter_name], adapter_name, resolved)
+
+    def _inject_new(self, adapter_name: str, config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
+        """Inject an adapter that is not in `peft_config` yet; it is not there either if that fails."""
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        biased = [c for c in self.peft_config.values() if getattr(c, "bias", "none") != "none"]
+        if len(self.peft_config) > 1 and len(biased) > 1:
+            raise ValueError(
+                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, "
+                "set bias to 'none' for all adapters."
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        state.cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+
+    # -- switches ---------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, and the only trainable ones.
+
+        Args:
+            adapter_name: a name, or several.
+            inference_mode: whether they stay frozen.
+
+        Raises:
+            ValueError: if there is no such adapter. (PEFT takes any name, and the model then is the base model.)
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
+        state.set_adapter(self.model, names, inference_mode=inference_mode)
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        unknown = sorted(set(names) - self.peft_config.keys())
+        if unknown:
+            raise ValueError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters.
+
+        Args:
+            adapter_names: a name, or several.
+            requires_grad: whether they are trained.
+        """
+        state.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on."""
+        state.enable_adapters(self.model, True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch the adapters off: the model is the base model, but for biases that were trained with them."""
+        for name in self.active_adapters:
+            bias = getattr(self.peft_config.get(name), "bias", "none")
+            if bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                    "output as the base model would without adaption.",
+                    stacklevel=2,
+                )
+        state.enable_adapters(self.model, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; the first one left becomes active if it was.
+
+        Args:
+            adapter_name: its name.
+
+        Raises:
+            ValueError: if there is none, or if it is merged now.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, AdapterLayer)):
+            raise ValueError(
+                f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them first."
+            )
+        left = state.delete_adapter(self.model, adapter_name)
+        self.peft_config.pop(adapter_name, None)
+        self.active_adapter = left or []
+
+    add_weighted_adapter = add_weighted_adapter
+
+    # -- merging ----------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters into the base weights, and keep them.
+
+        Args:
+            adapter_names: which; None for the active ones.
+            safe_merge: whether to check that the result is finite, before anything is written.
+        """
+        self._check_merge_allowed()
+        merging.merge(self.model, adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged adapters out of the base weights again."""
+        merging.unmerge(self.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Write adapters into the base weights and remove every trace of them.
+
+        Args:
+            progressbar: accepted, nothing is shown.
+            safe_merge: whether to check that the result is finite, before anything is written.
+            adapter_names: which; None for the active ones.
+
+        Returns:
+            The model.
+        """
+        self._check_merge_allowed()
+        return self._unload(merge_first=True, safe_merge=safe_merge, names=adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The model without its adapters."""
+        return self._unload()
+
+    def _unload(self, **options: Any) -> nn.Module:
+        model = merging.unload(self.model, **options)
+        if "peft_config" in model.__dict__:
+            del model.peft_config
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        tied = [name for name in self.targeted_module_names if name.rpartition(".")[2] in _EMBEDDINGS]
+        if tied and self.get_model_config(self.model).get("tie_word_embeddings"):
+            warnings.warn(
+                f"Model with `tie_word_embeddings=True` and the tied_target_modules={tied} are part of the adapter. "
+                "This can lead to complications. You can opt to merge the adapter after cloning the weights (to untie "
+                "the embeddings), by loading the model with `tie_word_embeddings=False`.",
+                stacklevel=3,
+            )
+
+    # -- the rest ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> Any:
+        """A model's config as a dict.
+
+        Args:
+            model: the model.
+
+        Returns:
+            The dict; `{"model_type": "custom"}` if it has no config.
+        """
+        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # pyright: ignore
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for the adapter: it adds matrices of low rank, and to linear layers only.
+
+        Args:
+            adapter_name: as in PEFT; the adapters of all layers are asked.
+
+        Returns:
+            Whether all of them do.
+        """
+        found = [layer for _, layer in layers(self.model)]
+        linear = all(layer.site.kind in ("linear", "hf_conv1d") for layer in found)
+        return linear and all(h.method.with_rank is not None for layer in found for h in layer.adapters.values())
+
+
+@functools.cache
+def tuner_class(package: str) -> type[BaseTuner]:
+    """The tuner of a PEFT package, e.g. `LoraModel` for "lora".
+
+    Args:
+        package: its name under `peft.tuners`.
+
+    Returns:
+        The class.
+
+    Example:
+        >>> import funcadapt as fa
+        >>> tuner_class("lora").__name__
+        'LoraModel'
+    """
+    view = view_named(package)
+    body: dict[str, Any] = {
+        "__module__": f"funcadapt.peft.tuners.{package}.model",
+        "__qualname__": f"{view.name}Model",
+        "__doc__": f"A model with adapters of {view.name}, see BaseTuner.",
+        "prefix": view.prefix,
+        "tuner_layer_cls": family(package),
+        "view": view,
+        **view.tuner,
+    }
+    return type(f"{view.name}Model", (BaseTuner,), body)

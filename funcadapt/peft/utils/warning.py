@@ -1,0 +1,5 @@
+"""PEFT's category of warnings."""
+
+
+class PeftWarning(UserWarning):
+    """A warning of PEFT."""

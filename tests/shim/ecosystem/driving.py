@@ -1,0 +1,119 @@
+"""Functions run in two processes, on the real PEFT and on the shim as `peft`, and what they observe compared."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+LOGGERS = ("accelerate", "diffusers", "peft", "transformers", "trl")
+
+
+def run(module: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Every check of a module on both packages, each in a process of its own, both at once.
+
+    A check is a function `check_...(folder)` that returns nested values. It may read `folder.parent`, which is the same
+    for all checks of a process.
+
+    Returns:
+        for "peft" and "shim", what every check gave: {"value", "error", "warnings", "logs", "printed"}.
+    """
+    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    processes = {}
+    for package in ("peft", "shim"):
+        (folder / package).mkdir(parents=True)
+        command = [sys.executable, str(HERE / "driving.py"), package, module, str(folder / package)]
+        with (folder / f"{package}.txt").open("w") as text:
+            processes[package] = subprocess.Popen(command, env=environment, stdout=text, stderr=text)
+    found = {}
+    for package, process in processes.items():
+        if process.wait(timeout=600) != 0:
+            raise RuntimeError(f"{module} on {package}:\n{(folder / f'{package}.txt').read_text()[-4000:]}")
+        found[package] = torch.load(folder / package / "found.pt", weights_only=False)
+    return found
+
+
+def checks(module: ModuleType) -> dict[str, Callable[[Path], Any]]:
+    """The checks of a module, in the order of its source."""
+    found = inspect.getmembers(module, inspect.isfunction)
+    own = [(name, f) for name, f in found if name.startswith("check_") and f.__module__ == module.__name__]
+    return dict(sorted(own, key=lambda item: item[1].__code__.co_firstlineno))
+
+
+class _Records(logging.Handler):
+    """Keeps what is logged as a warning or worse."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    records = _Records()
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(records)
+    try:
+        yield records.lines
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(records)
+
+
+def _observe(check: Callable[[Path], Any], folder: Path) -> dict[str, Any]:
+    """One check, from the seed 0, in a folder of its own."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    value, error = None, ""
+    with warnings.catch_warnings(record=True) as caught, _logged() as logs:
+        warnings.simplefilter("always")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                value = check(folder)
+            except Exception:
+                error = traceback.format_exc()
+    here = re.escape(str(folder.parent))
+    said = [f"{w.category.__name__}: {str(w.message)[:80]}" for w in caught if w.category is not DeprecationWarning]
+    return {
+        "value": value,
+        "error": error,
+        "warnings": sorted({re.sub(here, "HERE", line) for line in said}),
+        "logs": [re.sub(here, "HERE", line) for line in logs],
+        "printed": printed.getvalue(),
+    }
+
+
+def main(package: str, module: str, folder: str) -> None:
+    """What the processes do."""
+    torch.set_num_threads(1)
+    if package == "shim":
+        importlib.import_module("funcadapt.peft").as_peft()
+    found = {name: _observe(check, Path(folder) / name) for name, check in checks(importlib.import_module(module)).items()}
+    real = "site-packages/peft/" in str(importlib.import_module("peft").__file__)
+    if real != (package == "peft"):
+        raise RuntimeError(f"Wanted {package}, and `import peft` gave {sys.modules['peft'].__file__}.")
+    torch.save(found, Path(folder) / "found.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,68 @@
+"""transformers, trl, diffusers and accelerate on the shim: every observation is the one that they give on PEFT.
+
+Each module of checks runs in two processes, one with the real PEFT and one after `funcadapt.peft.as_peft()`; see
+`driving`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+sys.path[:0] = [path for path in (str(Path(__file__).parent), str(Path(__file__).parents[1])) if path not in sys.path]
+
+import driving
+import peft
+import tiny
+from both import equal
+
+import funcadapt.peft as shim
+
+TOLERANCE = 2e-5
+NEEDS = {"on_trl": "trl", "on_diffusers": "diffusers", "on_accelerate": "accelerate", "on_trainer": "accelerate"}
+
+
+def prepare(folder: Path) -> None:
+    """A saved base model, and adapters of it that each package has written."""
+    tiny.llama().save_pretrained(folder / "base")
+    fields = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+    for name, package in {"peft": peft, "shim": shim}.items():
+        configs: dict[str, Any] = {
+            "lora": package.LoraConfig(**fields, r=3 if name == "peft" else 5, lora_alpha=7),
+            "head": package.LoraConfig(**fields, r=2, modules_to_save=["lm_head"], use_dora=True),
+            "tokens": package.LoraConfig(**fields, r=2, trainable_token_indices=[3, 4]),
+        }
+        for kind, config in configs.items():
+            model = package.get_peft_model(type(tiny.llama()).from_pretrained(folder / "base"), config)
+            tiny.noise(model).save_pretrained(folder / "adapters" / f"{name}-{kind}")
+
+
+def compare(module: str, folder: Path, subtests: Any) -> None:
+    """Runs the checks of a module on both packages, and compares what they observe."""
+    if module in NEEDS:
+        pytest.importorskip(NEEDS[module])
+    found = driving.run(module, folder)
+    assert list(found["peft"]) == list(driving.checks(importlib.import_module(module)))
+    for name, theirs in found["peft"].items():
+        with subtests.test(name):
+            ours = found["shim"][name]
+            assert not theirs["error"], f"on PEFT: {theirs['error']}"
+            assert not ours["error"], f"on the shim: {ours['error']}"
+            equal(theirs["value"], ours["value"], TOLERANCE, name)
+            for kind in ("warnings", "logs"):
+                new = [line for line in ours[kind] if line not in theirs[kind]]
+                assert not new, f"{kind} that PEFT has not: {new}, PEFT's: {theirs[kind]}"
+            assert ours["printed"] == theirs["printed"]
+
+
+@pytest.mark.filterwarnings("ignore")  # what the packages say while they write is not the subject
+def test_transformers(tmp_path: Path, subtests: Any) -> None:
+    prepare(tmp_path)
+    compare("on_transformers", tmp_path, subtests)

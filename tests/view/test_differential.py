@@ -1,0 +1,454 @@
+"""The in-place view beside PEFT: the same model, the same config, the same seed, and then everything that one does."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft_tools import config_file, configs, layer_model, logits, randomise, same_tensors, tiny, tokens
+from torch import Tensor, nn
+
+import funcadapt as fa
+from funcadapt.view import merging, state
+from funcadapt.view.inject import inject
+from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.state_dict import adapter_state_dict, load_adapter_state_dict
+from funcadapt.view.walking import view_state
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own; ours have tests of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A model and a config.
+
+    Attributes:
+        model: a layer kind of `layer_model`, or a model of `tiny`.
+        name: what the config is about.
+        method: as in `configs`.
+        fields: the config's fields, less the targets of a layer kind.
+        dtype: the base model's.
+        autocast: whether adapters of a narrow base are widened, as `get_peft_model` does by default.
+    """
+
+    model: str
+    name: str
+    method: str
+    fields: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    autocast: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.method}-{self.name}"
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """Parts of the keys of tensors that a formula gives, so that they agree but for rounding."""
+        how = self.fields.get("init_lora_weights")
+        found = ("lora_magnitude_vector",) if self.method == "dora" else ()
+        return (*found, "base_layer.weight") if isinstance(how, str) and "pissa" in how else found
+
+
+# -- the table --------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv2d_1x1", "conv2d_grouped", "conv3d")
+PRODUCTS = ("linear", "linear_no_bias", "hf_conv1d")
+LAYERS = (*PRODUCTS, "embedding", *CONVOLUTIONS)
+PARAMETERS = ("experts", "transposed", "parameter")
+
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {"r": 2},
+    "alpha": {"r": 4, "lora_alpha": 5},
+    "rslora": {"r": 2, "use_rslora": True, "lora_alpha": 3},
+    "random": {"r": 2, "init_lora_weights": False},
+    "gaussian": {"r": 2, "init_lora_weights": "gaussian"},
+    "dropout": {"r": 2, "lora_dropout": 0.4},
+    "bias_all": {"r": 2, "bias": "all"},
+    "bias_only": {"r": 2, "bias": "lora_only"},
+    "patterns": {"r": 2, "rank_pattern": {"layer": 4}, "alpha_pattern": {"inner.layer": 3}},
+}
+WITH_BIAS: dict[str, dict[str, Any]] = {
+    "b": {"r": 2, "lora_bias": True},
+    "b_random": {"r": 2, "lora_bias": True, "init_lora_weights": False},
+}
+INITS: dict[str, dict[str, Any]] = {
+    how: {"r": 2, "init_lora_weights": how} for how in ("pissa", "pissa_niter_4", "olora", "orthogonal")
+}
+DORA: dict[str, dict[str, Any]] = {
+    "plain": {"r": 2},
+    "dropout": {"r": 2, "lora_dropout": 0.4},
+    "random_rslora": {"r": 4, "use_rslora": True, "init_lora_weights": False},
+}
+IA3: dict[str, dict[str, Any]] = {
+    "output": {"feedforward_modules": []},
+    "input": {"feedforward_modules": ["layer"]},
+    "output_random": {"feedforward_modules": [], "init_ia3_weights": False},
+    "input_random": {"feedforward_modules": ["layer"], "init_ia3_weights": False},
+}
+QV = ["q_proj", "v_proj"]
+WHOLE: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "default": {"r": 2},
+        "names": {"r": 2, "target_modules": ["q_proj", "down_proj"]},
+        "suffix": {"r": 2, "target_modules": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+        "all_linear": {"r": 2, "target_modules": "all-linear"},
+        "all_linear_dropout": {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.3, "use_rslora": True},
+        "regex": {"r": 2, "target_modules": r".*\.layers\.1\..*_proj"},
+        "excluded": {"r": 2, "target_modules": [*QV, "o_proj"], "exclude_modules": ["layers.0.self_attn.o_proj"]},
+        "excluded_regex": {"r": 2, "target_modules": QV, "exclude_modules": r".*\.1\..*q_proj"},
+        "layers": {"r": 2, "target_modules": QV, "layers_to_transform": [1]},
+        "layers_pattern": {"r": 2, "target_modules": QV, "layers_to_transform": 0, "layers_pattern": "layers"},
+        "patterns": {
+            "r": 2,
+            "target_modules": [*QV, "o_proj"],
+            "rank_pattern": {"q_proj": 4, r"^model.layers.1.self_attn.v_proj": 1},
+            "alpha_pattern": {r"layers\.0.*v_proj": 1, "o_proj": 7},
+        },
+        "head": {"r": 2, "target_modules": ["lm_head"]},
+        "embedding": {"r": 2, "target_modules": ["embed_tokens", "q_proj"]},
+        "saved_head": {"r": 2, "target_modules": QV, "modules_to_save": ["lm_head"]},
+        "saved_two": {"r": 2, "target_modules": QV, "modules_to_save": ["embed_tokens", "norm"]},
+        "saved_regex": {"r": 2, "target_modules": QV, "modules_to_save": ["layers.1.mlp"]},
+        "tokens": {"r": 2, "target_modules": QV, "trainable_token_indices": [0, 3, 9]},
+        "tokens_of": {"r": 2, "target_modules": QV, "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2, 30]}},
+        "tokens_saved": {
+            "r": 2, "target_modules": QV, "trainable_token_indices": [5], "modules_to_save": ["lm_head"],
+        },
+        "pissa": {"r": 2, "target_modules": QV, "init_lora_weights": "pissa"},
+        "olora": {"r": 2, "target_modules": QV, "init_lora_weights": "olora"},
+        "orthogonal": {"r": 2, "target_modules": QV, "init_lora_weights": "orthogonal"},
+        "b": {"r": 2, "target_modules": QV, "lora_bias": True},
+        "optimised": {"r": 2, "target_modules": [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qkvo"]
+                      + [f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("up", "down", "gate")]
+                      + [f"model.layers.{i}.self_attn.rotary{n}" for i in (0, 1) for n in range(6)]},
+    },
+    "llama_tied": {
+        "default": {"r": 2},
+        "both": {"r": 2, "target_modules": ["embed_tokens", "lm_head"]},
+        "saved_embedding": {"r": 2, "target_modules": QV, "modules_to_save": ["embed_tokens"]},
+        "saved_head": {"r": 2, "target_modules": QV, "modules_to_save": ["lm_head"]},
+        "tokens": {"r": 2, "target_modules": QV, "trainable_token_indices": [0, 3, 9]},
+        "tokens_of": {"r": 2, "target_modules": QV, "trainable_token_indices": {"embed_tokens": [4, 2]}},
+        "tokens_both": {"r": 2, "target_modules": QV, "trainable_token_indices": {"embed_tokens": [4], "lm_head": [4]}},
+    },
+    "llama_cls": {
+        "task": {"r": 2, "task_type": "SEQ_CLS"},
+        "score": {"r": 2, "target_modules": QV, "modules_to_save": ["score"]},
+        "all_linear": {"r": 2, "target_modules": "all-linear"},
+    },
+    "gpt2": {
+        "default": {"r": 2},
+        "all_linear": {"r": 2, "target_modules": "all-linear"},
+        "bias_all": {"r": 2, "target_modules": ["c_proj"], "bias": "all"},
+        "bias_only": {"r": 2, "target_modules": ["c_proj"], "bias": "lora_only"},
+        "fan": {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+        "positions": {"r": 2, "target_modules": ["wpe", "c_fc"]},
+        "saved": {"r": 2, "modules_to_save": ["ln_f", "wte"]},
+        "tokens": {"r": 2, "trainable_token_indices": [2, 11]},
+        "pissa": {"r": 2, "target_modules": ["c_attn", "c_proj"], "init_lora_weights": "pissa"},
+        "random": {"r": 4, "target_modules": ["c_attn"], "init_lora_weights": False, "lora_bias": True},
+    },
+    "bert": {
+        "default": {"r": 2},
+        "all_linear": {"r": 2, "target_modules": "all-linear"},
+        "bias_all": {"r": 2, "bias": "all"},
+        "bias_only": {"r": 2, "bias": "lora_only"},
+        "embeddings": {"r": 2, "target_modules": ["word_embeddings", "position_embeddings", "decoder"]},
+        "saved": {"r": 2, "modules_to_save": ["predictions.transform"]},
+        "bias_saved": {"r": 2, "bias": "all", "modules_to_save": ["pooler", "transform"]},
+        "tokens": {"r": 2, "trainable_token_indices": [3, 4, 5]},
+    },
+    "bert_cls": {
+        "task": {"r": 2, "task_type": "SEQ_CLS"},
+        "classifier": {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]},
+        "dense": {"r": 2, "target_modules": ["output.dense"], "bias": "lora_only"},
+    },
+    "t5": {
+        "default": {"r": 2},
+        "all_linear": {"r": 2, "target_modules": "all-linear"},
+        "cross": {"r": 2, "target_modules": r".*EncDecAttention\.(k|v)"},
+        "shared": {"r": 2, "target_modules": ["shared", "q"]},
+        "saved": {"r": 2, "modules_to_save": ["lm_head"]},
+        "tokens": {"r": 2, "trainable_token_indices": [7, 8]},
+    },
+    "opt": {
+        "default": {"r": 2},
+        "bias_all": {"r": 2, "bias": "all"},
+        "bias_only": {"r": 2, "bias": "lora_only"},
+        "layers": {"r": 2, "target_modules": ["fc1"], "layers_to_transform": [0]},
+        "saved": {"r": 2, "modules_to_save": ["final_layer_norm"]},
+        "tokens": {"r": 2, "trainable_token_indices": [7, 8]},
+    },
+    "mixtral": {
+        "default": {"r": 2},
+        "names": {"r": 2, "target_modules": QV},
+        "parameters": {"r": 2, "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "one_parameter": {"r": 2, "target_modules": QV, "target_parameters": ["mlp.experts.down_proj"]},
+        "router": {"r": 2, "target_modules": QV, "target_parameters": ["gate.weight"]},
+    },
+}
+WHOLE_DORA: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {name: WHOLE["llama"][name] for name in ("default", "all_linear_dropout", "patterns", "embedding", "tokens")},
+    "gpt2": {name: WHOLE["gpt2"][name] for name in ("default", "bias_all", "positions")},
+    "bert": {name: WHOLE["bert"][name] for name in ("default", "bias_only")},
+    "t5": {name: WHOLE["t5"][name] for name in ("default", "shared")},
+}
+WHOLE_IA3: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "default": {},
+        "named": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        "all_linear": {"target_modules": "all-linear", "feedforward_modules": []},
+        "regex": {"target_modules": r".*_proj", "feedforward_modules": r".*down_proj"},
+        "excluded": {"target_modules": QV, "feedforward_modules": [], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+        "random": {"init_ia3_weights": False},
+        "saved": {"modules_to_save": ["lm_head"]},
+    },
+    "gpt2": {"default": {}, "named": {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}},
+    "bert": {"default": {}},
+    "bert_cls": {"task": {"task_type": "SEQ_CLS"}},
+    "t5": {"default": {}},
+    "opt": {"default": {}},
+}
+
+
+def _pairs() -> Iterator[Pair]:
+    for kind in LAYERS:
+        for name, fields in LORA.items():
+            yield Pair(kind, name, "lora", fields)
+        for name, fields in WITH_BIAS.items() if kind != "embedding" else ():
+            yield Pair(kind, name, "lora", fields)
+        for name, fields in DORA.items() if kind != "conv2d_grouped" else ():
+            yield Pair(kind, name, "dora", fields)
+        yield Pair(kind, "bf16", "lora", {"r": 2}, torch.bfloat16)
+        yield Pair(kind, "bf16_narrow", "lora", {"r": 2}, torch.bfloat16, autocast=False)
+    for kind in PRODUCTS:
+        for name, fields in INITS.items():
+            if (kind, name) != ("hf_conv1d", "olora"):  # B15
+                yield Pair(kind, name, "lora", fields)
+    for kind in PARAMETERS:
+        for name in ("plain", "alpha", "rslora", "random", "gaussian", "bias_all"):
+            yield Pair(kind, name, "lora", LORA[name])
+    for kind in (*PRODUCTS, "conv2d", "conv2d_1x1", "conv2d_grouped", "conv3d"):
+        for name, fields in IA3.items():
+            yield Pair(kind, name, "ia3", fields)
+    for method, table in (("lora", WHOLE), ("dora", WHOLE_DORA), ("ia3", WHOLE_IA3)):
+        for model, named in table.items():
+            for name, fields in named.items():
+                yield Pair(model, name, method, fields)
+    for model in ("llama", "gpt2", "mixtral"):
+        yield Pair(model, "bf16", "lora", {"r": 2}, torch.bfloat16)
+    yield Pair("llama", "bf16_saved", "lora", {"r": 2, "modules_to_save": ["lm_head"]}, torch.bfloat16)
+    yield Pair("llama", "bf16_tokens", "lora", {"r": 2, "trainable_token_indices": [3]}, torch.bfloat16)
+    yield Pair("llama", "bf16", "ia3", {}, torch.bfloat16)
+
+
+PAIRS = list(_pairs())
+
+
+# -- twins ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _original(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """A base model, its inputs, and the fields that target it."""
+    if name in (*LAYERS, *PARAMETERS):
+        model, x, target = layer_model(name)
+        return model.eval(), {"x": x}, target
+    return tiny(name), tokens(name), {}
+
+
+class Twins:
+    """A model with an adapter, as PEFT makes it and as we do."""
+
+    def __init__(self, pair: Pair, seed: int = 3) -> None:
+        base, self.inputs, target = _original(pair.model)
+        theirs, ours = configs(pair.method, **target, **pair.fields)
+        self.pair = pair
+        torch.manual_seed(seed)
+        self.peft = peft.get_peft_model(
+            copy.deepcopy(base).to(pair.dtype), theirs, autocast_adapter_dtype=pair.autocast
+        )
+        self.theirs: nn.Module = self.peft.base_model.model
+        torch.manual_seed(seed)
+        self.ours = copy.deepcopy(base).to(pair.dtype)
+        inject(self.ours, ours)
+        state.cast_adapter_dtype(self.ours, "default", pair.autocast)
+
+    def run(self, model: nn.Module) -> Tensor:
+        inputs = {
+            k: x.to(next(model.parameters()).dtype) if x.is_floating_point() else x for k, x in self.inputs.items()
+        }
+        return logits(model(**inputs))
+
+    def both(self, act: Callable[[nn.Module], Any] | None = None) -> tuple[Any, Any]:
+        return (act or self.run)(self.theirs), (act or self.run)(self.ours)
+
+    def widen(self) -> None:
+        """Everything in float64, so that nothing but rounding errors of 1e-16 differs. Not if narrow is the point."""
+        if self.pair.dtype != torch.bfloat16:
+            self.peft.double(), self.ours.double()
+        self.ours.load_state_dict(self.theirs.state_dict())  # what is rounded otherwise
+        with state.disabled(self.ours), torch.no_grad():
+            self.bare = self.run(self.ours)
+
+    def randomise(self, seed: int = 5) -> None:
+        """The same random numbers in everything that is trained."""
+        randomise(self.theirs, seed)
+        self.ours.load_state_dict(self.theirs.state_dict())
+
+    def close(self, theirs: Any, ours: Any) -> None:
+        narrow = self.pair.dtype == torch.bfloat16
+        size = max((t.abs().max().item() for t in [*_tensors(theirs)]), default=1.0)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=max(1.0, size) * (1e-10 if not narrow else 4 * 2**-7))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _flags(model: nn.Module) -> list[tuple[str, bool]]:
+    return [(name, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+# -- the checks -------------------------------------------------------------------------------------------
+
+
+def same_model(twins: Twins) -> None:
+    theirs, ours = twins.theirs.state_dict(), twins.ours.state_dict()
+    assert list(theirs) == list(ours)
+    for key, value in theirs.items():
+        assert value.dtype == ours[key].dtype, key
+        if any(part in key for part in twins.pair.rounded):
+            torch.testing.assert_close(ours[key], value, msg=key)
+        else:
+            assert torch.equal(ours[key], value), key
+    assert _flags(twins.theirs) == _flags(twins.ours)
+    assert repr(twins.theirs) == repr(twins.ours)
+    theirs_at = {path: m for path, m in twins.theirs.named_modules() if isinstance(m, BaseTunerLayer)}
+    ours_at = {path: m for path, m in twins.ours.named_modules() if isinstance(m, AdapterLayer)}
+    for path, layer in ours_at.items():
+        for name in ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias", "active_adapters"):
+            assert getattr(layer, name, None) == getattr(theirs_at[path], name, None), (path, name)
+
+
+def same_numbers(twins: Twins) -> None:
+    twins.randomise()
+    twins.theirs.eval(), twins.ours.eval()
+    twins.close(*twins.both())
+
+    def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+        torch.manual_seed(11)  # dropout draws the same
+        model.train()
+        out = twins.run(model)
+        slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+        (out * slope).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    theirs, ours = twins.both(gradients)
+    assert list(theirs) == list(ours)
+    assert any(g is not None and g.abs().max() > 1e-3 for g in ours.values())
+    for name, grad in theirs.items():
+        assert (grad is None) == (ours[name] is None), name
+        if grad is not None:
+            twins.close(grad, ours[name])
+
+
+def same_training(twins: Twins) -> None:
+    """Three steps of AdamW, and three of SGD."""
+
+    def trained(model: nn.Module) -> dict[str, Tensor]:
+        model.train()
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for kind, options in ((torch.optim.AdamW, {"eps": 1e-3}), (torch.optim.SGD, {"momentum": 0.9})):
+            optimiser = kind(parameters.values(), lr=0.01, **options)  # pyright: ignore
+            for step in range(3):
+                torch.manual_seed(step)
+                optimiser.zero_grad()
+                twins.run(model).pow(2).mean().backward()
+                optimiser.step()
+        return {name: p.detach() for name, p in parameters.items()}
+
+    before = {name: p.detach().clone() for name, p in twins.ours.named_parameters() if p.requires_grad}
+    theirs, ours = twins.both(trained)
+    assert any(not torch.equal(before[name], p) for name, p in ours.items())
+    for name, value in theirs.items():
+        twins.close(value, ours[name])
+
+
+def same_checkpoint(twins: Twins) -> None:
+    """The same tensors under the same keys, and each reads what the other wrote."""
+    twins.ours.load_state_dict(twins.theirs.state_dict())  # training has rounded
+    before = {key: value.clone() for key, value in twins.theirs.state_dict().items()}
+    theirs = {key: value.clone() for key, value in get_peft_model_state_dict(twins.theirs).items()}
+    ours = {key: value.clone() for key, value in adapter_state_dict(twins.ours, "default").items()}
+    same_tensors(theirs, ours)
+    randomise(twins.theirs, seed=9), randomise(twins.ours, seed=9)
+    first = set_peft_model_state_dict(twins.theirs, ours)
+    second = load_adapter_state_dict(twins.ours, theirs, "default")
+    assert sorted(first.missing_keys) == sorted(second.missing_keys)
+    assert first.unexpected_keys == second.unexpected_keys == []
+    same_tensors(twins.theirs.state_dict(), before)
+    same_tensors(twins.ours.state_dict(), before)
+
+
+def same_switches(twins: Twins) -> None:
+    """Disabled, merged, and merged no more."""
+    twins.peft.eval(), twins.ours.eval()
+    active = twins.run(twins.ours)
+    twins.close(twins.run(twins.theirs), active)
+    with twins.peft.disable_adapter(), state.disabled(twins.ours):
+        twins.close(*twins.both())
+    kept = {key: value.clone() for key, value in twins.ours.state_dict().items()}
+    flags = _flags(twins.ours)
+    try:
+        twins.peft.merge_adapter()
+    except (NotImplementedError, RuntimeError):
+        with pytest.raises(fa.SiteError):
+            merging.merge(twins.ours)
+    else:
+        merging.merge(twins.ours)
+        assert any(not torch.equal(kept[key], value) for key, value in twins.ours.state_dict().items())
+        twins.close(*twins.both())
+        twins.close(active, twins.run(twins.ours))
+        twins.close(*twins.both(lambda model: dict(model.state_dict())))
+        twins.peft.unmerge_adapter(), merging.unmerge(twins.ours)  # PEFT: with rounding, divided by l + 1e-8
+    assert torch.equal(twins.run(twins.ours), active)
+    same_tensors(twins.ours.state_dict(), kept)
+    assert _flags(twins.ours) == flags
+
+
+def same_without(twins: Twins) -> None:
+    """After the adapter was deleted, the layers are as empty as PEFT's, and the model computes what it did without."""
+    twins.peft.delete_adapter("default"), state.delete_adapter(twins.ours, "default")
+    # PEFT's parametrisations have changed the order in which modules have their parameters
+    assert sorted(twins.theirs.state_dict()) == sorted(twins.ours.state_dict())
+    assert sorted(_flags(twins.theirs)) == sorted(_flags(twins.ours))
+    assert repr(twins.theirs) == repr(twins.ours)
+    # PEFT leaves trained biases in the model, and the rounding errors of unmerging
+    assert torch.equal(twins.run(twins.ours), twins.bare)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_pair(pair: Pair) -> None:
+    twins = Twins(pair)
+    same_model(twins)
+    twins.widen()
+    same_numbers(twins)
+    same_training(twins)
+    same_checkpoint(twins)
+    same_switches(twins)
+    same_without(twins)
