@@ -10,6 +10,9 @@ from funcadapt import optim as optim
 from funcadapt import per_sample as per_sample
 from funcadapt import sweep as sweep
 from funcadapt.adapter import Adapter as Adapter
+from funcadapt.algebra import add as add
+from funcadapt.algebra import combine as combine
+from funcadapt.algebra import scale as scale
 from funcadapt.bank import AdapterBank as AdapterBank
 from funcadapt.call import applied as applied
 from funcadapt.call import functional_call as functional_call
@@ -32,6 +35,7 @@ from funcadapt.merge import merge_ as merge_
 from funcadapt.method import Method as Method
 from funcadapt.method import method_of as method_of
 from funcadapt.method import register as register
+from funcadapt.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from funcadapt.methods.ia3 import IA3Config as IA3Config
 from funcadapt.methods.lora import LoraConfig as LoraConfig
 from funcadapt.recompute import checkpoint_context as checkpoint_context
