@@ -172,7 +172,7 @@ def combine(
             "with weight 1. Compose them in the call: fa.functional_call(model, {'a': a, 'b': b}, ..., weights=...)."
         )
     parts = [split(member, own_method) for member in members]
-    ranks = [max(map(a.config.rank, own.values()), default=0) for a, (own, _) in zip(members, parts, strict=True)]
+    ranks = [max([0, *(a.config.rank(p) for p in own.values())]) for a, (own, _) in zip(members, parts, strict=True)]
     recipe = Recipe(
         name=name,
         rank=max(ranks),

@@ -14,7 +14,8 @@ With v_i = w_i s_i, weight times scaling, the new factors (their scaling is 1) a
     ..._svd  the same of a sparse sum of the s_i B_i A_i
 
 Cost: of cat and linear that of reading the factors; of svd two QRs of (out, R) and (columns, R) and an SVD of (R, R),
-R = sum r_i, where PEFT takes the SVD of (out, columns): a thousand times cheaper at width 4096.
+R = sum r_i, where PEFT takes the SVD of (out, columns): measured on one core, 0.02 s and 11 s at width 2048, R = 32.
+The sparse ones that end in svd have no factors to work on, and cost what PEFT's do.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def sites(model: nn.Module, config: AdapterConfig, *, expect: int | None = None,
                 f"{method.name} cannot adapt {site.path!r}, which is of kind {site.kind!r}. It supports: "
                 f"{', '.join(sorted(method.kinds))}. Name other target_modules, or exclude it with exclude_modules."
             )
-    _check_ties(table)
+    if strict:
+        _check_ties(table)
     _check_patterns(config, table, strict)
     if expect is not None and len(table) != expect:
         raise TargetError(f"Expected {expect} sites, got {len(table)}:\n{SiteTable(table)!r}")

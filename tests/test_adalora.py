@@ -848,6 +848,10 @@ def test_names_with_the_adapter_s_are_read(tmp_path: Path) -> None:
     again = fa.load(tmp_path, model=model)
     assert adalora.mask_of(again.config, "0") == (True, False, True)  # pyright: ignore
     same_tensors(dict(again.params["0"]), dict(pruned.params["0"]))
+    fa.save(again, tmp_path)
+    assert json.loads(path.read_text())["rank_pattern"] == {"0.lora_E": [True, False, True]}
+    twice = adalora.prune(again, {"0.lora_E.default": [False, True]})
+    assert twice.config.rank_pattern == {"0.lora_E": (False, False, True)}  # pyright: ignore
 
 
 def test_peft_s_state_dict_agrees(tmp_path: Path) -> None:

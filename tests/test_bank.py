@@ -223,10 +223,10 @@ def test_every_method_and_layer(case: Case, tmp_path: Path) -> None:
         bank.remove(name)
 
 
-@pytest.mark.parametrize("case", [case for case in SELECTED if has(case, "r")], ids=str)
+@pytest.mark.parametrize("case", [case for case in SELECTED if has(case, case.method.rank_field)], ids=str)
 def test_smaller_ranks_are_padded_exactly(case: Case, tmp_path: Path) -> None:
     model, x = case.model(), case.inputs()
-    bank, adapter = bank_of(case, model, r=6), case.adapter(model)
+    bank, adapter = bank_of(case, model, **{case.method.rank_field: 6}), case.adapter(model)
     bank.add("a", adapter)
     same(bank.get("a"), adapter)
     fa.save(adapter, tmp_path)

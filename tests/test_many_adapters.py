@@ -75,7 +75,8 @@ def of_ranks(case: Case, model: nn.Module, ranks: list[int]) -> list[fa.Adapter]
     """Adapters of a case with other ranks and alphas."""
 
     def config(r: int, **targets: Any) -> fa.AdapterConfig:
-        return dataclasses.replace(case.variant.config(**targets), r=r, lora_alpha=3 * r + 1)  # pyright: ignore
+        changes: dict[str, Any] = {case.method.rank_field: r, "lora_alpha": 3 * r + 1}
+        return dataclasses.replace(case.variant.config(**targets), **changes)
 
     adapters = []
     for seed, r in enumerate(ranks):
@@ -88,7 +89,7 @@ def groups_of(model: nn.Sequential) -> int:
     return getattr(model[0], "groups", 1)
 
 
-RANKED = [case for case in CASES if "r" in {f.name for f in dataclasses.fields(case.method.config)}]
+RANKED = [case for case in CASES if case.method.rank_field in {f.name for f in dataclasses.fields(case.method.config)}]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

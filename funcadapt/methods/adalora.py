@@ -20,8 +20,11 @@ at the others. `prune` takes them out at the end. Add `orthogonality` to the los
         adapter, state = adalora.allocate(adapter, grads, state, step)
     adapter = adalora.prune(adapter, adalora.rank_pattern(state.mask))
 
-Source: Zhang et al. 2023, arXiv:2303.10512. Differs from PEFT: every kind of layer; grouped convolutions; a `target_r`
-that equals `init_r` masks nothing, where PEFT raises; a layer that got no gradient counts as unimportant.
+Source: Zhang et al. 2023, arXiv:2303.10512. Differs from PEFT: every kind of layer; padding modes and groups of
+convolutions are right; `ranknum` is never trained (in PEFT it is where the base is not float32, and is not saved);
+without an alpha, a pruned adapter keeps its scaling when it is read; a `target_r` that equals `init_r` masks nothing,
+where PEFT raises; a layer that got no gradient counts as unimportant. PEFT adds the penalty to the loss of models with
+a task type only.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -267,7 +270,7 @@ def describe(config: AdaLoraConfig, leaves: Mapping[str, Leaf]) -> AdaLoraConfig
     if not own:
         return config
     r = max(config.init_r, *(config.rank(p) for p in own.values()))
-    pattern = dict(config.rank_pattern or {})
+    pattern = _masks(config, own)
     for path, p in own.items():
         mask, rank = mask_of(config, path), config.rank(p)
         told = rank in ({r} if mask is None else {r, max(1, sum(mask))})
@@ -331,6 +334,11 @@ def mask_of(config: AdaLoraConfig, path: str) -> Mask | None:
     if found is None and pattern:
         found = next((mask for key, mask in pattern.items() if key.startswith(f"{name}.")), None)
     return None if found is None else tuple(found)
+
+
+def _masks(config: AdaLoraConfig, paths: Iterable[str]) -> dict[str, Mask]:
+    """The `rank_pattern` of some sites, with names as in PEFT's files."""
+    return {f"{path}.lora_E": mask for path in paths if (mask := mask_of(config, path)) is not None}
 
 
 def _cut(p: Leaf, mask: Sequence[bool]) -> Leaf:
@@ -604,19 +612,18 @@ def prune(adapter: Adapter, pattern: Mapping[str, Sequence[bool]]) -> Adapter:
         AdapterError: if the pattern has an unknown site, or another number of triplets than that has.
     """
     config: Any = adapter.config
-    params, masks = dict(adapter.params), dict(config.rank_pattern or {})
+    params, masks = dict(adapter.params), _masks(config, adapter.params)
     for name, mask in pattern.items():
         path, kept = name.rpartition(".lora_E")[0], tuple(map(bool, mask))
         if path not in _own(adapter.params):
             raise AdapterError(f"rank_pattern has {name!r}, which the adapter does not."
                                + did_you_mean(name, (f"{p}.lora_E" for p in _own(adapter.params))))  # fmt: skip
         p, before = adapter.params[path], mask_of(config, path)
-        e = p["lora_E"]
+        e, whole = p["lora_E"], kept
         if before is not None and sum(before) == len(kept) < len(before):  # pruned already: of the rows that are left
             rest = iter(kept)
-            masks[name] = tuple(b and next(rest) for b in before)
-        else:
-            masks[name] = kept
+            whole = tuple(b and next(rest) for b in before)
+        masks[f"{path}.lora_E"] = whole
         if len(kept) != e.numel():
             raise AdapterError(f"rank_pattern has {len(kept)} triplets for {name!r}, the adapter has {e.numel()}.")
         if e.ndim == 3:

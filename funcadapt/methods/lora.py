@@ -502,6 +502,7 @@ def describe(config: LoraConfig, leaves: Mapping[str, Leaf]) -> LoraConfig:
         A config whose `r`, `lora_alpha` and patterns give exactly these leaves.
     """
     said: dict[str, tuple[int, float]] = {}
+    alphas_of: dict[tuple[int, float, torch.dtype], float] = {}
     same = True
     for path, p in leaves.items():
         if "scaling" not in p:
@@ -513,7 +514,10 @@ def describe(config: LoraConfig, leaves: Mapping[str, Leaf]) -> LoraConfig:
             said[path] = (r, float(at.lora_alpha))
         else:
             same = False
-            said[path] = (r, _alpha(config, r, p["scaling"]))
+            key = (r, float(p["scaling"]), p["scaling"].dtype)
+            if key not in alphas_of:  # a config costs milliseconds to make, and sites mostly agree
+                alphas_of[key] = _alpha(config, r, p["scaling"])
+            said[path] = (r, alphas_of[key])
     if same:
         return config
     (r, alpha), _ = Counter(said.values()).most_common(1)[0]

@@ -122,7 +122,7 @@ _OTHERS: dict[str, tuple[str, ...]] = {
         "reduce_intruder_dimension",
         "save_as_lora",
     ),
-    "adalora": ("RankAllocator", "SVDQuantLinear"),
+    "adalora": ("RankAllocator", "SVDConv2d", "SVDLinear", "SVDQuantLinear"),
     "shadow": ("DetachedShadowModel", "ShadowCache", "ShadowCarrier"),
 }
 

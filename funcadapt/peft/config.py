@@ -135,7 +135,8 @@ class PeftConfigMixin(HubMixin):
             ValueError: if there is no `adapter_config.json`, or its values are refused.
 
         Example:
-            >>>             >>> from funcadapt.peft import LoraConfig, PeftConfig
+            >>> import tempfile
+            >>> from funcadapt.peft import LoraConfig, PeftConfig
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     LoraConfig(r=4, target_modules=["q"]).save_pretrained(folder)
             ...     PeftConfig.from_pretrained(folder).r

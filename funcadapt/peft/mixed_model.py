@@ -160,7 +160,7 @@ class PeftMixedModel(FilesMixin, nn.Module):
         self.base_model.set_adapter(names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Forget adapters; PEFT's hands the list on to a function that takes one name, and fails.
+        """Forget adapters.
 
         Args:
             adapter_name: a name, or several.

@@ -33,16 +33,9 @@ def named_rows(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) 
     times = _repeats(call)
     if times > 1 and not isinstance(names, list | tuple):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-    repeated = [name for name in names for _ in range(times)]
-    inside = _encoder_prefix(model) if times > 1 else None
-    if inside is None:
-        with mixed_batch(model, repeated):
-            yield
-        return
-    with (
-        mixed_batch(model, list(names), lambda path: f"{path}.".startswith(inside)),
-        mixed_batch(model, repeated, lambda path: not f"{path}.".startswith(inside)),
-    ):
+    encoder = _encoder_path(model) if times > 1 else None
+    within = None if encoder is None else {encoder: list(names)}
+    with mixed_batch(model, [name for name in names for _ in range(times)], within):
         yield
 
 
@@ -52,9 +45,7 @@ def _repeats(call: Mapping[str, Any]) -> int:
     return max((count for count in counts if isinstance(count, int)), default=1)
 
 
-def _encoder_prefix(model: Any) -> str | None:
-    """What the paths in the encoder begin with, if there is one. Other models of transformers 5 give themselves."""
+def _encoder_path(model: Any) -> str | None:
+    """Where the encoder is, if there is one. Other models of transformers 5 give themselves."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    found = (path for path, module in named_modules(model) if path and module is encoder)
-    path = next(found, None)
-    return None if path is None else f"{path}."
+    return next((path for path, module in named_modules(model) if path and module is encoder), None)

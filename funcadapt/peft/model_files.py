@@ -16,6 +16,7 @@ from funcadapt.peft.card import write_model_card
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.functional import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from funcadapt.peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from funcadapt.peft.settling import as_held
 from funcadapt.peft.subtraction import doubled_config, subtract_initial
 from funcadapt.peft.utils.weights import write_adapter
 
@@ -99,13 +100,13 @@ class FilesMixin:
             )
             if is_main_process:
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-                self._write(folder, self.peft_config[name], tensors, path_initial_model_for_weight_conversion)
+                self._write(folder, name, tensors, path_initial_model_for_weight_conversion)
 
-    def _write(self, folder: Path, config: Any, tensors: dict[str, Tensor], initial: Any) -> None:
-        base: nn.Module = self.base_model.model
+    def _write(self, folder: Path, name: str, tensors: dict[str, Tensor], initial: Any) -> None:
+        base, config = self.base_model.model, self.peft_config[name]
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path", None) or None
-        written = copy.deepcopy(config)
+        written = copy.deepcopy(as_held(base, config, name))
         if initial is not None:
             tensors = subtract_initial(tensors, load_peft_weights(os.fspath(initial), device="cpu"), written)
             written = doubled_config(written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -10,8 +11,9 @@ from torch import nn
 
 from funcadapt import targeting
 from funcadapt._torch import named_modules
+from funcadapt.config import thaw
 from funcadapt.peft.config import PeftConfig
-from funcadapt.view.walking import layers, unwrapped
+from funcadapt.view.walking import layers, unwrapped, view_state
 
 _MANY = 20  # PEFT shortens lists of targets from here on
 
@@ -43,6 +45,30 @@ def settle(model: nn.Module, config: PeftConfig, name: str, resolved: Any) -> No
             fields.target_modules = short
     if hasattr(config, "fan_in_fan_out"):
         _settle_layout(model, fields, name)
+
+
+def as_held(model: nn.Module, config: Any, name: str) -> Any:
+    """A config with the ranks and alphas that the adapter's layers have, where swapping or padding changed them.
+
+    Args:
+        model: the model.
+        config: PEFT's config of the adapter.
+        name: the adapter's name.
+
+    Returns:
+        The same config if it says so already.
+    """
+    frozen = config.to_funcadapt()
+    held = view_state(model).configs[name]
+    fields = [field for pair in frozen.patterned.items() for field in pair]
+    if not fields or all(
+        getattr(frozen.at(layer.site.path), field) == getattr(layer.adapters[name].config, field)
+        for _, layer in layers(model)
+        for field in frozen.patterned
+        if name in layer.adapters
+    ):
+        return config
+    return dataclasses.replace(config, **{field: thaw(getattr(held, field)) for field in fields})
 
 
 def shortest_targets(targets: Collection[str], paths: Iterable[str]) -> set[str]:

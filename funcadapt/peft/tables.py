@@ -19,7 +19,7 @@ from funcadapt.peft.homes import HOMES
 from funcadapt.peft.method_configs import config_class, config_named
 from funcadapt.view.classes import family, layer_class
 from funcadapt.view.holding import view_of
-from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.switches import TunerLayer
 
 Table = dict[str, Callable[[], Any]]
 
@@ -132,7 +132,7 @@ def in_tuners_utils() -> Table:
     """What `peft.tuners.tuners_utils` has."""
     return {
         **at(".tuner", "BaseTuner"),
-        "BaseTunerLayer": lambda: AdapterLayer,
+        "BaseTunerLayer": lambda: TunerLayer,
         **at(".functional", "cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
         **at(".targets", "check_target_module_exists"),
     }

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from funcadapt.method import View
+from funcadapt.peft.advice import advise
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.mixing import named_rows
 from funcadapt.peft.settling import settle
@@ -20,7 +21,7 @@ from funcadapt.view import merging, state
 from funcadapt.view.classes import family, view_named
 from funcadapt.view.inject import inject
 from funcadapt.view.layer import AdapterLayer
-from funcadapt.view.walking import layers
+from funcadapt.view.walking import auxiliaries, layers
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 _EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -164,6 +165,7 @@ class BaseTuner(nn.Module):
             inference_mode=config.inference_mode,
         )
         self._settle(adapter_name, resolved)
+        advise(self.model, resolved, adapter_name)
 
     def _settle(self, adapter_name: str, resolved: Any) -> None:
         """Record what was adapted, and what the config came to mean."""
@@ -177,6 +179,9 @@ class BaseTuner(nn.Module):
                 path = layer.site.path if plain else layer.site.owner
                 if path not in names:
                     names.append(path)
+        for _, wrapper in auxiliaries(self.model):
+            if adapter_name in wrapper.active_adapters and adapter_name not in self.active_adapters:
+                wrapper.set_adapter([])  # a new one
         settle(self.model, self.peft_config[adapter_name], adapter_name, resolved)
 
     def _inject_new(self, adapter_name: str, config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:

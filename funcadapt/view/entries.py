@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
+from funcadapt._torch import named_modules
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import Leaf
+from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
 from funcadapt.view.holding import addresses
 from funcadapt.view.layer import AdapterLayer
-from funcadapt.view.walking import auxiliaries, layers, view_state
+from funcadapt.view.walking import view_state
 
 # names that torch's wrappers put into the paths of modules, but not into the keys of a state dict
 _SHARDING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -43,34 +46,56 @@ class Own:
     keys: dict[str, tuple[str, str]]
 
 
-def own_leaves(model: nn.Module, name: str) -> Iterator[Own]:
-    """What an adapter has at each layer. Layers in auxiliary wrappers are theirs."""
-    within = tuple(f"{path}." for path, _ in auxiliaries(model))
-    for live, layer in layers(model):
-        held = layer.adapters.get(name)
-        if held is None or live.startswith(within):
-            continue
-        path, keys = state_path(live), held.method.keys
-        named = [a for a in addresses(held.method) if a.leaf in keys]
-        found = {leaf: (join(path, keys[leaf]), join(path, held_in, name, rest)) for leaf, held_in, rest in named}
-        yield Own(layer, path, found)
+class Entries:
+    """What the modules of a model say about its keys, from one walk over them.
+
+    Args:
+        model: the model.
+        name: the adapter of interest.
+
+    Attributes:
+        layers: every adapter layer and its path in the state dict.
+        wrappers: every auxiliary wrapper likewise.
+        own: what the adapter has at each layer. Layers in auxiliary wrappers are theirs.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.layers: list[tuple[str, AdapterLayer]] = []
+        self.wrappers: list[tuple[str, AuxiliaryTrainingWrapper]] = []
+        for live, module in named_modules(model):
+            if isinstance(module, AdapterLayer):
+                self.layers.append((state_path(live), module))
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                self.wrappers.append((state_path(live), module))
+        within = tuple(f"{path}." for path, _ in self.wrappers)
+        self.own: list[Own] = []
+        for path, layer in self.layers:
+            if name in layer.adapters and not path.startswith(within):
+                held = layer.adapters[name]
+                keys, named = held.method.keys, [a for a in addresses(held.method) if a.leaf in held.method.keys]
+                self.own.append(
+                    Own(
+                        layer,
+                        path,
+                        {a.leaf: (join(path, keys[a.leaf]), join(path, a.container, name, a.rest)) for a in named},
+                    )
+                )
+
+    def layer_places(self) -> Iterator[tuple[str, str]]:
+        """Every place where a layer holds something of an adapter: (prefix of its keys, the adapter's name)."""
+        yield from _places((path, layer, layer.adapters) for path, layer in self.layers)
+
+    def places(self) -> Iterator[tuple[str, str]]:
+        """Every place where the model holds something of an adapter, auxiliary wrappers included."""
+        yield from self.layer_places()
+        yield from _places((path, wrapper, wrapper.available_adapters) for path, wrapper in self.wrappers)
 
 
-def layer_places(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Every place where a layer holds something of an adapter: (prefix of its keys, the adapter's name)."""
-    for live, layer in layers(model):
-        for container in layer.adapter_layer_names:
-            for name in layer.adapters:
-                yield f"{state_path(live)}.{container}.{name}", name
-
-
-def places_of(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Every place where a model holds something of an adapter, auxiliary wrappers included."""
-    yield from layer_places(model)
-    for live, wrapper in auxiliaries(model):
-        for container in wrapper.adapter_layer_names:
-            for name in wrapper.available_adapters:
-                yield f"{state_path(live)}.{container}.{name}", name
+def _places(found: Iterable[tuple[str, Any, Iterable[str]]]) -> Iterator[tuple[str, str]]:
+    for path, module, names in found:
+        for container in module.adapter_layer_names:
+            for name in names:
+                yield f"{path}.{container}.{name}", name
 
 
 def above(key: str) -> Iterator[str]:

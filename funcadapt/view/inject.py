@@ -184,8 +184,9 @@ def _place(
         parameters = dict(root.named_parameters(remove_duplicate=False))
     if not state.configs:
         state.requires_grad = {full: p.requires_grad for full, p in parameters.items()}
-    trained = [(b.module._parameters[b.name], b.name) for b in bound.replaced if b.name == "bias"]
-    Placing(name, adapter, bound, found, state, change, copy).place()
+    placing = Placing(name, adapter, bound, found, state, change, copy)
+    trained = [b.module._parameters[b.name] for b in bound.replaced if placing.is_trained_in_place(b.path)]
+    placing.place()
     if not state.configs:  # the first one freezes the model
         for full, parameter in parameters.items():
             change.on_failure(lambda p=parameter, flag=state.requires_grad[full]: p.requires_grad_(flag))
@@ -202,13 +203,9 @@ def _place(
             if name in wrapper.available_adapters:
                 wrapper.set_adapter(name, inference_mode=inference_mode)
     if activate and getattr(adapter.config, "bias", "none") != "none":
-        for parameter, _ in trained:
-            if parameter is not None and _saved_elsewhere(parameter, root):
+        for parameter in trained:
+            if parameter is not None:
                 parameter.requires_grad_(not inference_mode)
-
-
-def _saved_elsewhere(parameter: nn.Parameter, root: nn.Module) -> bool:
-    return any(p is parameter for p in root.parameters())
 
 
 def _switch(layer: AdapterLayer, name: str, change: Transaction, activate: bool, inference_mode: bool) -> None:

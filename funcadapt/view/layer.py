@@ -33,6 +33,7 @@ class AdapterLayer(Switches):
         adapters: adapter name -> what is known of it here.
         merged_adapters: the names of those that are in the base weight now.
         kept: base parameter -> its value before they were merged.
+        tied: the base parameters that another module has, too.
         cast_input_dtype_enabled: whether the input is cast to the adapter's dtype; otherwise the leaves are cast to
             the input's.
     """
@@ -49,6 +50,7 @@ class AdapterLayer(Switches):
         # the parent uses this layer's weight without calling it: then `weight` is the adapted one
         self._read_by_parent = read_by_parent
         self.kept: dict[str, Kept] = {}
+        self.tied: frozenset[str] = frozenset()
         self.training = base_layer.training
         view = self.view
         for name in (*view.attributes, *view.derived):

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from funcadapt.config import AdapterConfig
 from funcadapt.keys import PREFIX
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
-from funcadapt.view.entries import above, config_of, layer_places, own_leaves, reduced, state_path, without_name
+from funcadapt.view.entries import Entries, above, config_of, reduced, without_name
 from funcadapt.view.layer import AdapterLayer
-from funcadapt.view.walking import auxiliaries, layers
 
 
 def load_adapter_state_dict(
@@ -47,7 +46,8 @@ def load_adapter_state_dict(
     """
     config = config or config_of(model, name)
     held: dict[str, Any] = model.state_dict()
-    to_model = _load_map(model, name, held, tensors)
+    entries = Entries(model, name)
+    to_model = _load_map(entries, name, held, tensors)
     prefixed = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
     values: dict[str, Any] = {}
     for key, value in tensors.items():
@@ -56,7 +56,7 @@ def load_adapter_state_dict(
         if target in values:
             raise RuntimeError(f"The state dict has {target!r} twice, with and without the prefix {PREFIX!r}.")
         values[target] = value
-    resized = _resized(model, name, config, held, values)
+    resized = _resized(entries, name, config, held, values)
     held.update(resized)
     mismatched = [key for key in values if key in held and not _fits(values[key], held[key])]
     if mismatched and not ignore_mismatched_sizes:
@@ -65,13 +65,13 @@ def load_adapter_state_dict(
     for key in mismatched:
         del values[key]
     check_tensors(model, values)
-    _resize(model, name, resized, values)
+    _resize(entries, name, resized, values)
     split = {key: _split_like(held.get(key), value) for key, value in values.items()}
     result = model.load_state_dict(split, strict=False, assign=low_cpu_mem_usage)
     if low_cpu_mem_usage:
-        for _, layer in layers(model):
+        for _, layer in entries.layers:
             _move_to_base(layer, name)
-        for _, wrapper in auxiliaries(model):
+        for _, wrapper in entries.wrappers:
             if hasattr(wrapper, "token_adapter"):
                 wrapper.token_adapter._move_adapter_to_device_of_base_layer(name)
     if mismatched:
@@ -79,20 +79,19 @@ def load_adapter_state_dict(
     return result
 
 
-def _load_map(model: nn.Module, name: str, held: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
+def _load_map(entries: Entries, name: str, held: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
     """Key in a checkpoint -> key in the state dict."""
-    places = {prefix: owner for prefix, owner in layer_places(model) if owner == name}
+    places = {prefix: owner for prefix, owner in entries.layer_places() if owner == name}
     found: dict[str, str] = {}
     for key in held:  # also what PEFT has saved in earlier versions, such as AdaLoRA's ranknum
         if any(above in places for above in above(key)):
             found[without_name(key, name, places)] = key
-    for own in own_leaves(model, name):
+    for own in entries.own:
         found.update({saved: key for saved, key in own.keys.values() if key in held})
     for key in list(found):
         if not found[key].startswith(PREFIX):
             found[PREFIX + key] = found[key]
-    for live, wrapper in auxiliaries(model):
-        path = state_path(live)
+    for path, wrapper in entries.wrappers:
         for saved, key in wrapper.adapter_state_dict_load_map(name).items():
             found[_saved_key(wrapper, f"{path}.{saved}", tensors)] = f"{path}.{key}"
     return found
@@ -153,11 +152,11 @@ def check_tensors(model: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 def _resized(
-    model: nn.Module, name: str, config: AdapterConfig, held: Mapping[str, Any], values: Mapping[str, Any]
+    entries: Entries, name: str, config: AdapterConfig, held: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The model's tensors that a checkpoint of that config has in another shape, in that shape."""
     found: dict[str, Tensor] = {}
-    for own in own_leaves(model, name):
+    for own in entries.own:
         leaves = {leaf: held[key] for leaf, (_, key) in own.keys.items() if key in held}
         for leaf, value in reduced(own.layer, name, config, leaves).items():
             key = own.keys[leaf][1]
@@ -168,9 +167,9 @@ def _resized(
     return found
 
 
-def _resize(model: nn.Module, name: str, resized: Mapping[str, Tensor], values: dict[str, Any]) -> None:
+def _resize(entries: Entries, name: str, resized: Mapping[str, Tensor], values: dict[str, Any]) -> None:
     """Put tensors of another shape into the layers: parameters of the values that are loaded next."""
-    for own in own_leaves(model, name) if resized else ():
+    for own in entries.own if resized else ():
         held = own.layer.adapters[name]
         keys = {leaf: key for leaf, (_, key) in own.keys.items() if key in resized}
         # the layout is the method's: a layer that lost everything keeps one row of zeros

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from funcadapt.errors import AdapterError
 from funcadapt.layer import Layer
 from funcadapt.merge import merge_levels
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from funcadapt.view.tokens import TrainableTokensLayer
 from funcadapt.view.walking import auxiliaries, layers, root_of, wrapped
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ def merge_layer(layer: AdapterLayer, names: Sequence[str] | None, safe: bool) ->
 
     The old values are kept until `unmerge_layer`, which gives them back bit for bit. (PEFT subtracts or divides again,
     with rounding errors.) They take the memory of the merged weights.
+
+    A parameter that another module shares, such as the weight of an embedding that is the head's, too, is not changed:
+    the layer gets one of its own. (PEFT changes it for both, so that the model computes something else than before.)
 
     Args:
         layer: the layer.
@@ -69,11 +74,15 @@ def merge_layer(layer: AdapterLayer, names: Sequence[str] | None, safe: bool) ->
 def _write(layer: AdapterLayer, name: str, value: Tensor) -> None:
     from funcadapt.view.switches import Kept
 
-    parameter = layer.get_base_layer()._parameters[name]
+    owner = layer.get_base_layer()._parameters
+    parameter = owner[name]
     assert parameter is not None
-    old = layer.kept[name].value if name in layer.kept else parameter.data
-    parameter.data = value
-    layer.kept[name] = Kept(old, (parameter.data_ptr(), parameter._version))
+    kept = layer.kept.get(name) or Kept(parameter.data, (0, 0), parameter if name in layer.tied else None)
+    if parameter is kept.shared:
+        parameter = owner[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    else:
+        parameter.data = value
+    layer.kept[name] = dataclasses.replace(kept, now=(parameter.data_ptr(), parameter._version))
 
 
 def unmerge_layer(layer: AdapterLayer) -> None:
@@ -99,7 +108,11 @@ def unmerge_layer(layer: AdapterLayer) -> None:
         merged = _dense(layer, layer.levels(layer.merged_adapters), values)  # pyright: ignore[reportArgumentType]
         old = {name: parameter.data + (old[name] - merged[name]) for name, parameter in held.items()}  # pyright: ignore
     for name, parameter in held.items():
-        parameter.data = old[name]  # pyright: ignore[reportOptionalMemberAccess]
+        shared = layer.kept[name].shared
+        if shared is not None and not touched:
+            base._parameters[name] = shared
+        else:
+            parameter.data = old[name]  # pyright: ignore[reportOptionalMemberAccess]
     layer.kept.clear()
     layer.merged_adapters.clear()
 
@@ -120,18 +133,39 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, safe_merge: bool
         raise TypeError("adapter_names should be a list of strings, got a string.")
     before = [(layer, list(layer.merged_adapters)) for _, layer in layers(model)]
     _warn_if_merged([layer for layer, _ in before], names)
+    tokens = _token_layers(model)
+    before_tokens = [(layer, list(layer.merged_adapters)) for layer in tokens]
     try:
-        for layer, _ in before:
+        for layer, _ in reversed(before):  # inner layers first: the outer ones act on what these make
             layer.merge(safe_merge, names)
-        for _, wrapper in auxiliaries(model):
-            if isinstance(wrapper, TrainableTokensWrapper) and wrapper.token_adapter.tied_adapter is None:
-                wrapper.token_adapter.merge(safe_merge, None if names is None else list(names))
+        for layer in tokens:
+            layer.merge(safe_merge, None if names is None else list(names))
     except Exception:
-        for layer, merged in before:
-            if layer.merged_adapters != merged:
-                layer.unmerge()
-                layer.merge(False, merged)
+        changed = [(part, old) for part, old in (*before, *before_tokens) if part.merged_adapters != old]
+        for part, _ in changed:
+            part.unmerge()
+        for part, old in reversed(changed):
+            if old:
+                part.merge(False, old)
         raise
+
+
+def _token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
+    found = [wrapper.token_adapter for _, wrapper in auxiliaries(model) if isinstance(wrapper, TrainableTokensWrapper)]
+    return [layer for layer in found if layer.tied_adapter is None]
+
+
+def merged_parts(model: nn.Module) -> list[AdapterLayer | TrainableTokensLayer]:
+    """Everything that has adapters in the base weights now, in the order in which it can be unmerged: outer first.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Layers, and trained rows.
+    """
+    every = (*(layer for _, layer in layers(model)), *_token_layers(model))
+    return [part for part in every if part.merged_adapters]
 
 
 def _warn_if_merged(found: Sequence[AdapterLayer], names: Sequence[str] | None) -> None:
@@ -154,9 +188,7 @@ def unmerge(model: nn.Module) -> None:
     Args:
         model: the model.
     """
-    merged: list[Any] = [layer for _, layer in layers(model) if layer.merged]
-    tokens = [w.token_adapter for _, w in auxiliaries(model) if isinstance(w, TrainableTokensWrapper)]
-    merged += [layer for layer in tokens if layer.merged and layer.tied_adapter is None]
+    merged = merged_parts(model)
     if not merged:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
     for layer in merged:
@@ -189,9 +221,8 @@ def unload(
     if merge_first:
         merge(root, names, safe_merge)
     else:
-        for _, layer in layers(root):
-            if layer.merged:
-                layer.unmerge()
+        for part in merged_parts(root):
+            part.unmerge()
     last: dict[int, nn.Module] = {}
     for parent, name, wrapper in wrapped(root):
         if isinstance(wrapper, ModulesToSaveWrapper):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from funcadapt.adapter import Adapter
+from funcadapt.adapter import Adapter, TensorTree
 from funcadapt.binding import Entry
 from funcadapt.call import applied
 from funcadapt.errors import AdapterError
@@ -24,7 +24,7 @@ BASE = "__base__"
 
 @contextlib.contextmanager
 def mixed_batch(
-    model: nn.Module, adapter_names: Sequence[str], keep: Callable[[str], bool] | None = None
+    model: nn.Module, adapter_names: Sequence[str], within: Mapping[str, Sequence[str]] | None = None
 ) -> Generator[nn.Module, None, None]:
     """Row i of every call in the block uses the adapter `adapter_names[i]`, whatever is active.
 
@@ -34,7 +34,8 @@ def mixed_batch(
     Args:
         model: the model.
         adapter_names: a name for each row; "__base__" for the bare model.
-        keep: the paths at which this holds, if not everywhere: an encoder may see other rows than its decoder.
+        within: path of a module -> the names for the rows that it sees, where they are others: in beam search an
+            encoder sees each row once.
 
     Yields:
         The model.
@@ -46,24 +47,38 @@ def mixed_batch(
     root = root_of(model)
     if any(layer.merged for _, layer in layers(root)):
         raise AdapterError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`.")
-    names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
-    values = {name: _kept(adapter_of(root, name), keep) for name in names}
+    values = {name: adapter_of(root, name) for name in dict.fromkeys(adapter_names) if name != BASE}
     entries: dict[str, Entry] = {}
-    for group in _stackable(values):
-        place = {name: i for i, name in enumerate(group)}
-        index = torch.tensor([place.get(name, -1) for name in adapter_names])
-        entries[group[0]] = routed(stack([values[name] for name in group]), index)
+    for below, there, parts in _by_owners(values, tuple(within or ())):
+        names = (within or {}).get(below, adapter_names)
+        for group in _stackable(parts):
+            place = {name: i for i, name in enumerate(group)}
+            index = torch.tensor([place.get(name, -1) for name in names])
+            entries[f"{group[0]} at {there[0]}"] = routed(stack([parts[name] for name in group]), index)
     with unwrapped(root), applied(root, entries):
         yield model
 
 
-def _kept(adapter: Adapter, keep: Callable[[str], bool] | None) -> Adapter:
-    if keep is None:
-        return adapter
-    trees = (
-        {path: leaves for path, leaves in tree.items() if keep(path)} for tree in (adapter.params, adapter.buffers)
-    )
-    return Adapter(*trees, adapter.config)
+def _by_owners(
+    values: Mapping[str, Adapter], within: Sequence[str]
+) -> Iterator[tuple[str, list[str], dict[str, Adapter]]]:
+    """The paths that the same adapters are at, and those adapters there: a stack has all of its adapters everywhere."""
+    owners: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for path in dict.fromkeys(path for adapter in values.values() for path in (*adapter.params, *adapter.buffers)):
+        below = next((prefix for prefix in within if f"{path}.".startswith(f"{prefix}.")), "")
+        names = tuple(name for name, a in values.items() if path in a.params or path in a.buffers)
+        owners.setdefault((below, names), []).append(path)
+    for (below, names), paths in owners.items():
+        parts = {name: values[name] for name in names}
+        yield (
+            below,
+            paths,
+            {n: a.replace(params=_at(paths, a.params), buffers=_at(paths, a.buffers)) for n, a in parts.items()},
+        )
+
+
+def _at(paths: Sequence[str], tree: TensorTree) -> TensorTree:
+    return {path: tree[path] for path in paths if path in tree}
 
 
 def _stackable(values: dict[str, Adapter]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -62,9 +63,16 @@ class Bare:
         self.paths = {id(module): path for path, module in reversed(self.modules.items())}
         self.heads = {tokens.path: heads_of(model, tokens.path, tokens.module) for tokens in bound.tokens}
         self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._owners: Counter[int] = Counter()
         for parent in model.modules():
+            self._owners.update(map(id, parent._parameters.values()))
             for name, child in parent._modules.items():
                 self._parents.setdefault(id(child), []).append((parent, name))
+
+    def tied(self, module: nn.Module) -> frozenset[str]:
+        """The names of those of a module's parameters that another module has, too."""
+        own = module._parameters.items()
+        return frozenset(name for name, p in own if p is not None and self._owners[id(p)] > 1)
 
     def places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
         """Where a module is held: (its parent, its name there), more than once if it is shared.
@@ -144,6 +152,7 @@ class Placing:
                 "as well. Drop it from target_modules, or delete that adapter."
             )
         layer = cls(top, site, read_by_parent=is_read_by_parent(parent))
+        layer.tied = self.bare.tied(found.module)
         layer.add(self.name, config, self._leaves(method, site))
         for holder, place in ((parent, name), *others):
             self.change.set(holder._modules, place, layer)
@@ -169,6 +178,10 @@ class Placing:
             self.change.set(parent.__dict__, "activation_relu_or_gelu", 0)
 
     # -- what an adapter holds in full ------------------------------------------------------------------
+
+    def is_trained_in_place(self, path: str) -> bool:
+        """Whether what the adapter holds in full of a module is in the module itself: a bias, unless it is saved whole."""
+        return self._saved_module(path) is None
 
     def _saved_module(self, path: str) -> str | None:
         """The module of `modules_to_save` that a path is in or below, the outermost one."""

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from funcadapt.errors import AdapterError, did_you_mean
-from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
+from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.merging import merged_parts
 from funcadapt.view.walking import auxiliaries, layers, root_of, unwrapped, view_state
 
 _NARROW = frozenset({torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
@@ -116,7 +117,7 @@ def disabled(model: nn.Module) -> Generator[nn.Module, None, None]:
         The model.
     """
     every = parts(model)
-    merged = [(part, list(part.merged_adapters)) for part in every if isinstance(part, AdapterLayer) and part.merged]
+    merged = [(part, list(part.merged_adapters)) for part in merged_parts(model)]
     switches = [(part, part._disable_adapters) for part in every]
     try:
         for part, _ in merged:
@@ -127,7 +128,7 @@ def disabled(model: nn.Module) -> Generator[nn.Module, None, None]:
     finally:
         for part, switch in switches:
             part._disable_adapters = switch
-        for part, names in merged:
+        for part, names in reversed(merged):
             part.merge(adapter_names=names)
 
 
@@ -173,7 +174,13 @@ def cast_adapter_dtype(model: nn.Module, name: str, autocast_adapter_dtype: bool
         name: the adapter's name.
         autocast_adapter_dtype: nothing is done if false.
     """
-    for _, layer in layers(model) if autocast_adapter_dtype else ():
-        for parameter in layer.parameters_of(name):
-            if parameter.dtype in _NARROW:
-                parameter.data = parameter.data.to(torch.float32)
+    if not autocast_adapter_dtype:
+        return
+    held = [parameter for _, layer in layers(model) for parameter in layer.parameters_of(name)]
+    for _, wrapper in auxiliaries(model):
+        if isinstance(wrapper, TrainableTokensWrapper) and name in wrapper.available_adapters:
+            tokens = wrapper.token_adapter
+            held += [tokens.trainable_tokens_delta[name], tokens.trainable_tokens_original[name]]
+    for tensor in held:
+        if tensor.dtype in _NARROW:
+            tensor.data = tensor.data.to(torch.float32)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
 from funcadapt.view.embeddings import Lookup, embedding_prefixes, is_embedding_saved, local_vocabulary
-from funcadapt.view.entries import Own, above, config_of, join, own_leaves, places_of, reduced, state_path, without_name
+from funcadapt.view.entries import Entries, Own, above, config_of, join, reduced, without_name
 from funcadapt.view.loading import load_adapter_state_dict as load_adapter_state_dict
-from funcadapt.view.walking import auxiliaries, layers
 
 
 def adapter_state_dict(
@@ -65,23 +64,24 @@ def adapter_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = config or config_of(model, name)
     every: Mapping[str, Tensor] = model.state_dict() if state_dict is None else state_dict
+    entries = Entries(model, name)
     found: dict[str, Tensor] = {}
-    for own in own_leaves(model, name):
+    for own in entries.own:
         found.update(_stored(own, name, config, every))
-    places = dict(places_of(model))
-    whole = {key: value for key, value in every.items() if all(places.get(k, name) == name for k in above(key))}
-    chosen = _biases(model, name, config, whole)
-    for live, wrapper in auxiliaries(model):
-        path = f"{state_path(live)}."
-        relative = {key.removeprefix(path): value for key, value in every.items() if key.startswith(path)}
-        found.update({path + key: value for key, value in wrapper.adapter_state_dict(name, relative).items()})
-    if is_embedding_saved(model, config, save_embedding_layers, lookup):
-        for prefix in embedding_prefixes(model, config):
+    for path, wrapper in entries.wrappers:
+        below = f"{path}."
+        relative = {key.removeprefix(below): value for key, value in every.items() if key.startswith(below)}
+        found.update({below + key: value for key, value in wrapper.adapter_state_dict(name, relative).items()})
+    embeddings = is_embedding_saved(model, config, save_embedding_layers, lookup)
+    if embeddings or getattr(config, "bias", "none") != "none":
+        places = dict(entries.places())
+        whole = {key: value for key, value in every.items() if all(places.get(k, name) == name for k in above(key))}
+        chosen = _biases(entries, config, whole)
+        for prefix in embedding_prefixes(model, config) if embeddings else ():
             chosen.update({key: value for key, value in whole.items() if key.startswith(prefix)})
-    own_keys = {held for own in own_leaves(model, name) for _, held in own.keys.values()}
-    for key, value in chosen.items():
-        if key not in own_keys:
-            found[without_name(key, name, places)] = value
+        own_keys = {held for own in entries.own for _, held in own.keys.values()}
+        for key in chosen.keys() - own_keys:
+            found[without_name(key, name, places)] = chosen[key]
     return {key: _gathered(model, value) for key, value in found.items()} if state_dict is None else found
 
 
@@ -91,12 +91,12 @@ def _stored(own: Own, name: str, config: AdapterConfig, every: Mapping[str, Tens
     return {own.keys[leaf][0]: value for leaf, value in reduced(own.layer, name, config, leaves).items()}
 
 
-def _biases(model: nn.Module, name: str, config: Any, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _biases(entries: Entries, config: Any, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     which: str = getattr(config, "bias", "none")
     if which == "all":
         return {key: value for key, value in whole.items() if key == "bias" or key.endswith(".bias")}
     if which.endswith("_only"):
-        keys = [join(state_path(live), "base_layer.bias") for live, _ in layers(model)]
+        keys = [join(path, "base_layer.bias") for path, _ in entries.layers]
         return {key: whole[key] for key in keys if key in whole}
     return {}
 

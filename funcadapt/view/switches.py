@@ -55,41 +55,26 @@ class Kept:
     Attributes:
         value: the value.
         now: what the parameter was right after merging, to see whether somebody touched it since: (address, version).
+        shared: the parameter that other modules have, too, if the layer got one of its own.
     """
 
     value: Tensor
     now: tuple[int, int]
+    shared: nn.Parameter | None = None
 
 
-class Switches(nn.Module):
-    """The part of `AdapterLayer` that computes nothing.
+class TunerLayer(nn.Module):
+    """What every layer has that holds adapters by name, trained rows of an embedding too: PEFT's `BaseTunerLayer`.
 
     Attributes:
-        site: the place, described without wrappers.
-        adapters: adapter name -> what is known of it here.
         merged_adapters: the names of those that are in the base weight now.
     """
 
-    view: ClassVar[View]
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
-    site: Site
-    adapters: dict[str, Held]
     merged_adapters: list[str]
     _active_adapter: str | list[str] = "default"
     _disable_adapters: bool = False
-
-    def unmerge(self) -> None:
-        """Take the merged adapters out of the base weight."""
-        raise NotImplementedError
-
-    def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """The parameters of one adapter."""
-        held = self.adapters.get(name)
-        found = [take(self._modules[c], name, rest) for _, c, rest in held.addresses] if held else []  # pyright: ignore
-        return [value for value in found if isinstance(value, nn.Parameter)]
-
-    # -- PEFT's switches --------------------------------------------------------------------------------
 
     @property
     def disable_adapters(self) -> bool:
@@ -105,6 +90,31 @@ class Switches(nn.Module):
     def active_adapters(self) -> list[str]:
         """The names as a list."""
         return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+
+
+class Switches(TunerLayer):
+    """The part of `AdapterLayer` that computes nothing.
+
+    Attributes:
+        site: the place, described without wrappers.
+        adapters: adapter name -> what is known of it here.
+    """
+
+    view: ClassVar[View]
+    site: Site
+    adapters: dict[str, Held]
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight."""
+        raise NotImplementedError
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one adapter."""
+        held = self.adapters.get(name)
+        found = [take(self._modules[c], name, rest) for _, c, rest in held.addresses] if held else []  # pyright: ignore
+        return [value for value in found if isinstance(value, nn.Parameter)]
+
+    # -- PEFT's switches --------------------------------------------------------------------------------
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off, their gradients with them."""

@@ -18,13 +18,14 @@ from torch.func import functional_call
 from funcadapt._torch import is_compiling
 from funcadapt.binding import TOKENS
 from funcadapt.view.buffer_dict import BufferDict
+from funcadapt.view.switches import TunerLayer
 from funcadapt.view.token_rows import look_up, project, replaced
 
 ORIGINAL = "trainable_tokens_original"
 _MESSAGE = "TrainableTokensLayer wraps an unknown layer type, maybe you are targeting the wrong layer?"
 
 
-class TrainableTokensLayer(nn.Module):
+class TrainableTokensLayer(TunerLayer):
     """An embedding, or a head tied to one, of which some rows are trained.
 
     Where PEFT's differs: a tied head keeps its bias (PEFT drops it), subclasses of `nn.Embedding` keep their own
@@ -69,15 +70,14 @@ class TrainableTokensLayer(nn.Module):
         if not isinstance(base_layer, nn.Embedding | nn.Linear):
             raise ValueError(f"{_MESSAGE} It is a {type(base_layer).__name__}, and has to be an Embedding or Linear.")
         self.base_layer = base_layer
-        self._active_adapter: str | list[str] = adapter_name
-        self._disable_adapters = False
+        self._active_adapter = adapter_name
         # in a list, so that it is no submodule
         self._tied_adapter = [] if tied_adapter is None else [tied_adapter]
         owner = self if tied_adapter is None else tied_adapter
         self.token_indices: dict[str, list[int]] = {} if owner is self else owner.token_indices
         self.trainable_tokens_delta = nn.ParameterDict() if owner is self else owner.trainable_tokens_delta
         self.trainable_tokens_original = BufferDict() if owner is self else owner.trainable_tokens_original
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         self._cached: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self.out_features, self.in_features = self.weight.shape
         if isinstance(base_layer, nn.Embedding):
@@ -111,21 +111,6 @@ class TrainableTokensLayer(nn.Module):
     def merged(self) -> bool:
         """Whether any adapter is in the base weight."""
         return bool(self.merged_adapters)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the adapters are switched off."""
-        return self._disable_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """What was set as active."""
-        return self._active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters."""
-        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
 
     def update_layer(
         self,
@@ -336,7 +321,9 @@ class TrainableTokensLayer(nn.Module):
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
             if not left and (left := self._all_available_adapter_names()[:1]):
-                message = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}."
+                message = (
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}."
+                )
                 warnings.warn(message, stacklevel=2)
             self.set_adapter(left)
 

@@ -14,6 +14,7 @@ from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import method_of
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from funcadapt.view.merging import merged_parts
 from funcadapt.view.walking import auxiliaries, bare, layers, root_of, set_view_state, unwrapped, view_state, wrapped
 
 
@@ -113,9 +114,8 @@ def dematerialize(model: nn.Module) -> dict[str, Adapter]:
         The adapters by name, in the order in which they came.
     """
     root, state = root_of(model), view_state(model)
-    for _, layer in layers(root):
-        if layer.merged:
-            layer.unmerge()
+    for part in merged_parts(root):
+        part.unmerge()
     adapters = {name: adapter_of(root, name).map(lambda t: t.detach()) for name in state.configs}
     if state.biases:  # they are the model's own parameters
         adapters = {name: adapter.map(lambda t: t.clone()) for name, adapter in adapters.items()}

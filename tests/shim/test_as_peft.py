@@ -1,4 +1,4 @@
-"""`as_peft()`: `import peft` means the shim, for every library and in either order of imports. Each test is a process."""
+"""`as_peft()`: `import peft` means the shim, for every library, in either order of imports. Each is a process."""
 
 from __future__ import annotations
 

@@ -309,8 +309,16 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model.save_pretrained(source / "deep")
     asked: list[tuple[Any, ...]] = []
 
-    def download(repo_id: str, filename: str, *, subfolder: str | None = None, **kwargs: Any) -> str:
-        asked.append((repo_id, filename, subfolder, kwargs.get("revision"), kwargs.get("token")))
+    def download(
+        repo_id: str,
+        filename: str,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        user_agent: str | None = None,
+    ) -> str:
+        asked.append((repo_id, filename, subfolder, revision, token))
         return str(source / (subfolder or "") / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

@@ -385,7 +385,7 @@ def test_row_values_are_put_in_place() -> None:
 
 def test_other_layers_have_no_rows() -> None:
     """PEFT raises AttributeError when the adapter is made, or ValueError in the first call."""
-    with pytest.raises(ValueError, match="unknown layer type.* It is a Conv1d"):
+    with pytest.raises(ValueError, match=r"unknown layer type.* It is a Conv1d"):
         tokens(ours, nn.Conv1d(4, 6, 1))
 
 

@@ -40,24 +40,24 @@ CASES: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
         "bert",
         "lora",
         {"default": {"target_modules": ["query"], "r": 2, "bias": "all"}, "other": {"target_modules": ["key"], "r": 2}},
-    ),  # fmt: skip
+    ),
     "bias only": ("bert", "lora", {"default": {"target_modules": ["query"], "r": 2, "bias": "lora_only"}}),
     "bias of a saved module": (
         "bert_cls",
         "lora",
         {"default": {"target_modules": ["query"], "r": 2, "bias": "all", "modules_to_save": ["classifier"]}},
-    ),  # fmt: skip
+    ),
     "bias of B": ("llama", "lora", {"default": {**QV, "lora_bias": True}}),
     "saved": (
         "llama",
         "lora",
         {"default": {**QV, "modules_to_save": ["lm_head"]}, "other": {**QV, "modules_to_save": ["lm_head", "norm"]}},
-    ),  # fmt: skip
+    ),
     "tokens": (
         "llama",
         "lora",
         {"default": {**QV, "trainable_token_indices": [3, 1]}, "other": {**QV, "trainable_token_indices": [5]}},
-    ),  # fmt: skip
+    ),
     "tied tokens": ("llama_tied", "lora", {"default": {**QV, "trainable_token_indices": [3, 1]}}),
     "embedding": ("llama", "lora", {"default": EMBED}),
     "embedding by pattern": ("llama", "lora", {"default": {"target_modules": r".*(embed_tokens|q_proj)", "r": 2}}),
@@ -65,7 +65,7 @@ CASES: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
         "llama",
         "lora",
         {"default": {**EMBED, "trainable_token_indices": {"lm_head": [2]}}},
-    ),  # fmt: skip
+    ),
     "convolution": ("conv2d", "lora", {"default": {"r": 2}}),
     "attention": ("mha", "lora", {"default": {"r": 2}}),
     "attention, biases": ("mha", "lora", {"default": {"r": 2, "bias": "all"}}),
@@ -217,7 +217,7 @@ def test_values_that_are_no_tensors_and_keys_that_are_there_twice() -> None:
         load_adapter_state_dict(ours, saved | {PREFIX + key: saved[key]}, name)
     with pytest.raises(ValueError, match="Adapter zz not found"):
         load_adapter_state_dict(ours, saved, "zz")
-    with pytest.raises(ValueError, match="Adapter defualt not found. Did you mean 'default'"):
+    with pytest.raises(ValueError, match=r"Adapter defualt not found\. Did you mean 'default'"):
         adapter_state_dict(ours, "defualt")
     same_tensors(ours.state_dict(), before)
 
@@ -307,7 +307,7 @@ def test_meta_tensors_are_replaced(dtype: torch.dtype) -> None:
     found = load_adapter_state_dict(ours, saved, "default", low_cpu_mem_usage=True)
     assert list(found.missing_keys) == list(expected.missing_keys)
     same_tensors(ours.state_dict(), theirs.state_dict())
-    flags = dict((n, p.requires_grad) for n, p in theirs.named_parameters())
+    flags = {n: p.requires_grad for n, p in theirs.named_parameters()}
     assert flags == {n: p.requires_grad for n, p in ours.named_parameters()}
 
 

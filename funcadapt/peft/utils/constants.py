@@ -140,9 +140,12 @@ def bloom_model_postprocess_past_key_value(past_key_values: Sequence[Tensor]) ->
 
     Returns:
         For each layer the keys (batch * heads, head size, tokens) and the values (batch * heads, tokens, head size).
+        The keys are the numbers of (batch, tokens, heads, head size) in that shape, as prefixes were trained.
     """
     keys, values = torch.cat(tuple(past_key_values)).chunk(2)
-    return tuple(zip(keys.mT.flatten(1, 2), values.flatten(1, 2), strict=True))
+    layers, batch, heads, tokens, size = keys.shape
+    keys = keys.transpose(2, 3).reshape(layers, batch * heads, size, tokens)
+    return tuple(zip(keys, values.flatten(1, 2), strict=True))
 
 
 def starcoder_model_postprocess_past_key_value(past_key_values: Sequence[Tensor]) -> tuple[Tensor, ...]:

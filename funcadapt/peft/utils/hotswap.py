@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -37,8 +38,7 @@ def hotswap_adapter(
 
     The name stays. Rank and alpha may differ, also by `rank_pattern`: the scaling of each layer is the one that the new
     config says for it. (PEFT looks the patterns up under names that never match, and the output is wrong: its defect
-    B8. It also leaves the old rank and alpha in `peft_config`, which then are saved beside the new weights; here they are
-    replaced.)
+    B8. It also leaves the old rank and alpha in the config that is saved with the new weights; here they are replaced.)
 
     Args:
         model: the `PeftModel`, compiled or not.
@@ -135,7 +135,8 @@ def hotswap_adapter_from_state_dict(
     changes = [_planned(own, adapter_name, given, frozen.at(own.layer.site.path)) for own in found]
     for change in changes:
         _write(change, adapter_name)
-    _record(inner, adapter_name, config, changes)
+    _record(inner, adapter_name, found)
+    _rename(inner, adapter_name, config)
 
 
 def _current(own: Own, name: str) -> dict[str, Tensor]:
@@ -170,8 +171,8 @@ def _planned(own: Own, name: str, given: Mapping[str, Tensor], config: Any) -> _
         if tensor.shape != expected[leaf].shape:
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {own.keys[leaf][1]}: {tuple(old[leaf].shape)} vs "
-                f"{tuple(whole[leaf].shape)}. Please ensure that all ranks are padded to the largest rank among all LoRA "
-                "adapters by using peft.utils.hotswap.prepare_model_for_compiled_hotswap."
+                f"{tuple(whole[leaf].shape)}. Please ensure that all ranks are padded to the largest rank among all "
+                "LoRA adapters by using peft.utils.hotswap.prepare_model_for_compiled_hotswap."
             )
     return _Change(own, fitted, _with_scaling_of(config, final))
 
@@ -182,10 +183,13 @@ def _with_rank(layer: AdapterLayer, name: str, config: Any, leaves: Leaf, rank: 
     if config.r == rank:
         return leaves
     assert method.with_rank is not None
+    padded = method.with_rank(_unpacked(layer, name, config, leaves), config.r, rank)
+    return method.pack(padded) if layer.site.kind in ("parameter", "experts") else padded
+
+
+def _unpacked(layer: AdapterLayer, name: str, config: Any, leaves: Leaf) -> Leaf:
     experts = layer.site.kind in ("parameter", "experts")
-    inner = method.unpack(config, leaves) if experts else leaves
-    padded = method.with_rank(inner, config.r, rank)
-    return method.pack(padded) if experts else padded
+    return layer.adapters[name].method.unpack(config, leaves) if experts else leaves
 
 
 def _with_scaling_of(config: Any, rank: int) -> Any:
@@ -236,21 +240,23 @@ def _set_scaling(layer: Any, name: str, scaling: float) -> None:
             made.fill_(scaling)
 
 
-def _record(model: nn.Module, name: str, config: Any, changes: list[_Change]) -> None:
-    """The configs that the model keeps say what its adapter now is."""
-    state = view_state(model)
-    swapped = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-    frozen = config.to_funcadapt()
-    values = {field: getattr(frozen, field) for field in swapped}
-    kept = dataclasses.replace(state.configs[name], **values)
-    method = changes[0].own.layer.adapters[name].method if changes else None
-    if method is not None:
-        kept = method.describe(kept, {c.own.layer.site.path: c.own.layer.leaves(name) for c in changes})
-    state.configs[name] = kept
-    configs: Any = getattr(model, "peft_config", None)
-    if configs is not None and name in configs and all(c.config == frozen.at(c.own.layer.site.path) for c in changes):
-        for field in swapped:
-            setattr(configs[name], field, getattr(config, field))
+def _rename(model: nn.Module, name: str, config: Any) -> None:
+    """The model's `peft_config`, too, says the new rank and alpha."""
+    configs: Any = getattr(model, "peft_config", None) or {}
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern") if name in configs else ():
+        setattr(configs[name], field, copy.copy(getattr(config, field)))
+
+
+def _record(model: nn.Module, name: str, found: list[Own]) -> None:
+    """The model's own config says what its adapter now is: it is what is saved."""
+    configs = view_state(model).configs
+    leaves: dict[str, Leaf] = {}
+    for own in found:
+        config: Any = own.layer.adapters[name].config
+        derived = own.layer.adapters[name].method.buffers(config)
+        leaves[own.layer.site.path] = {**_unpacked(own.layer, name, config, _current(own, name)), **derived}
+    for own in found[:1]:
+        configs[name] = own.layer.adapters[name].method.describe(configs[name], leaves)
 
 
 def prepare_model_for_compiled_hotswap(
@@ -296,12 +302,16 @@ def prepare_model_for_compiled_hotswap(
     names = list(view_state(model).configs)
     if target_rank is not None:
         for name in names:
-            for own in own_leaves(model, name):
+            owned = list(own_leaves(model, name))
+            for own in owned:
                 _pad(own, name, target_rank)
+            _record(model, name, owned)
     for layer in found:
         for name, value in layer.scaling.items():
             if not isinstance(value, Tensor):
                 layer.scaling[name] = torch.tensor(float(value), device=layer.weight.device)
+        for name in layer.adapters:
+            layer.leaves(name)  # what it remembers, it remembers before it is compiled
     if target_rank is not None and config:
         for each in config.values() if isinstance(config, dict) else [config]:  # pyright: ignore
             each.r = target_rank
@@ -312,8 +322,8 @@ def _pad(own: Own, name: str, rank: int) -> None:
     config: Any = own.layer.adapters[name].config
     if config.r > rank:
         raise ValueError(
-            f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({config.r}). This is "
-            "not possible."
+            f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({config.r}). This "
+            "is not possible."
         )
     leaves = _with_rank(own.layer, name, config, _current(own, name), rank)
     for leaf, tensor in _current(own, name).items():

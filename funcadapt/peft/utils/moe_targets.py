@@ -40,7 +40,32 @@ _NEW_NAMES: Mapping[str, Mapping[str, str]] = {
         "down_proj": "down_proj",
     },
 }
+# Where a module's parent had another name.
 _OLD_PARENTS: Mapping[str, tuple[str, str]] = {"mixtral": (".mlp.", ".block_sparse_moe.")}
+
+
+def may_target(config: Any, ends: Iterable[str]) -> bool:
+    """Whether a config, rewritten or not, can target a module or a parameter with one of some last names.
+
+    Args:
+        config: the config, or None, which can target anything.
+        ends: the last names, "w2".
+
+    Returns:
+        Whether it can. A regular expression is only known to with a model; here it is taken to, if it has the name in
+        it, or matches the name in a usual place.
+    """
+    targets: Any = getattr(config, "target_modules", None)
+    parameters: Any = getattr(config, "target_parameters", None) or ()
+    for end in ends if config is not None else ():
+        places = (f"model.layers.0.mlp.experts.0.{end}", f"model.layers.0.block_sparse_moe.experts.0.{end}")
+        if isinstance(targets, str) and (_is_all_linear(targets) or end in targets):
+            return True
+        if any(targeting.names_match(targets or (), place) for place in places):
+            return True
+        if any(name == end or name.endswith(f".{end}") for name in parameters):
+            return True
+    return config is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +165,7 @@ def _rule(config: Any) -> Callable[[str], bool]:
     every = _is_all_linear(targets)
 
     def selects(path: str) -> bool:
-        if exclude and targeting.names_match(exclude, path) or targeting._is_kept_out(fields, path):
+        if (exclude and targeting.names_match(exclude, path)) or targeting._is_kept_out(fields, path):
             return False
         return every or targeting._matches(fields, targets, path)
 
@@ -218,8 +243,10 @@ def _set_ranks(config: Any, by_parameter: Mapping[str, Sequence[_Part]], ends: M
             ranks[pattern] = rank
         if alpha != config.lora_alpha:
             alphas[pattern] = alpha
-    config.rank_pattern = ranks | {k: v for k, v in (config.rank_pattern or {}).items() if k not in ranks}
-    config.alpha_pattern = alphas | {k: v for k, v in (config.alpha_pattern or {}).items() if k not in alphas}
+    old_ranks: dict[str, int] = config.rank_pattern or {}
+    old_alphas: dict[str, float] = config.alpha_pattern or {}
+    config.rank_pattern = ranks | {k: v for k, v in old_ranks.items() if k not in ranks}
+    config.alpha_pattern = alphas | {k: v for k, v in old_alphas.items() if k not in alphas}
 
 
 def _rank_and_alpha(config: Any, parts: Sequence[_Part]) -> tuple[int, float]:

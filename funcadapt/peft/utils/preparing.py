@@ -30,7 +30,7 @@ def prepare_model_for_kbit_training(
     Args:
         model: the model, changed in place.
         use_gradient_checkpointing: whether to.
-        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`.
+        gradient_checkpointing_kwargs: what `torch.utils.checkpoint` is called with.
         auto_clear_cache: whether to give the memory of the 16-bit parameters back to the device.
 
     Returns:
@@ -60,15 +60,21 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
             model.enable_input_require_grads()
         else:
             model.get_input_embeddings().register_forward_hook(_require_grad)
-    takes_options = "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters
-    if options and not takes_options:
+    # transformers has another name for it since 5.23, and warns of the older one
+    new, old = "activation_checkpointing_{}", "gradient_checkpointing_{}"
+    name = new if hasattr(model, new.format("enable")) else old
+    enable = getattr(model, name.format("enable"))
+    if name.format("kwargs") in inspect.signature(enable).parameters:
+        enable(**{name.format("kwargs"): options})
+        return
+    if options:
         warnings.warn(
             f"{type(model).__name__}.gradient_checkpointing_enable takes no gradient_checkpointing_kwargs: they are "
             "ignored. Upgrade transformers to use them.",
             FutureWarning,
             stacklevel=3,
         )
-    model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if takes_options else {}))
+    enable()
 
 
 def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -27,11 +27,11 @@ LOGGERS = ("accelerate", "diffusers", "peft", "transformers", "trl")
 def run(module: str, folder: Path) -> dict[str, dict[str, Any]]:
     """Every check of a module on both packages, each in a process of its own, both at once.
 
-    A check is a function `check_...(folder)` that returns nested values. It may read `folder.parent`, which is the same
-    for all checks of a process.
+    A check is a function `check_...(folder)` that returns nested values, or `defect_...(folder)`, which returns what
+    the package gives, "got", and what is true, "truth", where PEFT is known to be wrong.
 
     Returns:
-        for "peft" and "shim", what every check gave: {"value", "error", "warnings", "logs", "printed"}.
+        for "peft" and "shim", what every check gave: {"value", "error", "warnings", "logs"}.
     """
     paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -53,7 +53,7 @@ def run(module: str, folder: Path) -> dict[str, dict[str, Any]]:
 def checks(module: ModuleType) -> dict[str, Callable[[Path], Any]]:
     """The checks of a module, in the order of its source."""
     found = inspect.getmembers(module, inspect.isfunction)
-    own = [(name, f) for name, f in found if name.startswith("check_") and f.__module__ == module.__name__]
+    own = [(name, f) for name, f in found if name.startswith(("check_", "defect_")) and f.__module__ == module.__name__]
     return dict(sorted(own, key=lambda item: item[1].__code__.co_firstlineno))
 
 
@@ -65,7 +65,7 @@ class _Records(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        self.lines.append("\n".join(sorted(record.getMessage().split("\n"))))  # transformers' tables have no order
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def _observe(check: Callable[[Path], Any], folder: Path) -> dict[str, Any]:
     value, error = None, ""
     with warnings.catch_warnings(record=True) as caught, _logged() as logs:
         warnings.simplefilter("always")
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.StringIO()):
             try:
                 value = check(folder)
             except Exception:
@@ -99,7 +99,6 @@ def _observe(check: Callable[[Path], Any], folder: Path) -> dict[str, Any]:
         "error": error,
         "warnings": sorted({re.sub(here, "HERE", line) for line in said}),
         "logs": [re.sub(here, "HERE", line) for line in logs],
-        "printed": printed.getvalue(),
     }
 
 
