@@ -467,6 +467,14 @@ def test_orthogonality_is_what_peft_adds(tmp_path: Path) -> None:
             close(tensor, inside[f"{path}.{leaf}.default"].grad)
 
 
+def test_peft_adds_no_penalty_without_a_task(tmp_path: Path) -> None:
+    """A defect of PEFT: only the classes of tasks call the tuner's forward, which adds it."""
+    pair = Pair("defaults", tmp_path)
+    inputs = {**pair.inputs, "labels": pair.inputs["input_ids"]}
+    assert torch.equal(pair.wrapped(**inputs).loss, pair.wrapped.base_model.model(**inputs).loss)
+    assert adalora.orthogonality(pair.adapter.config, pair.adapter.params) > 0.1  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("fields", "initial", "final"),
     [({"tinit": 3, "tfinal": 4, "deltaT": 2}, 24, 8), ({}, 12, 12), ({"deltaT": 5, "tfinal": 1}, 70, 0)],

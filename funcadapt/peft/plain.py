@@ -18,6 +18,7 @@ from funcadapt.peft.undoing import as_they_are, undone_on_failure
 from funcadapt.peft.utils.save_and_load import config_of, get_peft_model_state_dict, set_peft_model_state_dict
 from funcadapt.peft.utils.weights import load_peft_weights, write_adapter
 from funcadapt.view import adapter_of, materialize, merging, state
+from funcadapt.view.entries import Entries
 from funcadapt.view.walking import layers, root_of, unwrapped, view_state
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -108,11 +109,13 @@ def from_pretrained(
     tensors = load_peft_weights(directory, device, key_mapping, **hub)
     with undone_on_failure(model, adapter_name):
         inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage)
-        own = {PREFIX + key.removeprefix(PREFIX) for key in get_peft_model_state_dict(
-            model, adapter_name=adapter_name, save_embedding_layers=False)}  # fmt: skip
+        own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).keys()
         result = set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        missing = sorted(own - {PREFIX + key.removeprefix(PREFIX) for key in tensors})
-        for what, keys in (("lacks", missing), ("has the unknown key", result.unexpected_keys)):
+        held = {key for entry in Entries(model, adapter_name).own for _, key in entry.keys.values()}
+        missing = [key for key in result.missing_keys if key in held or key in own]
+        # with bias="all" PEFT saves some biases under names that it cannot read
+        unknown = [key for key in result.unexpected_keys if key not in own and key.removeprefix(PREFIX) not in own]
+        for what, keys in (("lacks", missing), ("has the unknown key", unknown)):
             if keys:
                 raise AdapterFileError(
                     f"{os.fspath(directory)} {what} {keys[0]!r} ({len(keys)} such keys). Was the adapter made for "

@@ -80,8 +80,7 @@ def adapter_state_dict(
         for prefix in embedding_prefixes(model, config) if embeddings else ():
             chosen.update({key: value for key, value in whole.items() if key.startswith(prefix)})
         own_keys = {held for own in entries.own for _, held in own.keys.values()}
-        for key in chosen.keys() - own_keys:
-            found[without_name(key, name, places)] = chosen[key]
+        found |= {without_name(key, name, places): chosen[key] for key in chosen if key not in own_keys}
     return {key: _gathered(model, value) for key, value in found.items()} if state_dict is None else found
 
 

@@ -350,7 +350,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def surface(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What the layers say about their adapters."""
     names = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias", "active_adapters", "merged_adapters")
-    names += ("adapter_layer_names", "other_param_names", "in_features", "out_features")
+    names += ("in_features", "out_features")
     found = {path: m for path, m in model.named_modules() if hasattr(m, "adapter_layer_names") and hasattr(m, "merged")}
     return {path: {name: getattr(m, name, None) for name in names} for path, m in found.items()}
 

@@ -130,8 +130,9 @@ def _family(model: nn.Module) -> str | None:
         return None
     table: Mapping[str, str] = conversion_mapping._MODEL_TO_CONVERSION_PATTERN
     family = "mixtral" if model_type == "mixtral" else table.get(model_type)
-    known = conversion_mapping.get_checkpoint_conversion_mapping(model_type) is not None  # pyright: ignore
-    return family if known and family in _NEW_NAMES else None
+    if family not in _NEW_NAMES or conversion_mapping.get_checkpoint_conversion_mapping(model_type) is None:  # pyright: ignore
+        return None
+    return family
 
 
 def _parts(model: nn.Module, family: str) -> list[_Part]:
@@ -212,12 +213,13 @@ def _remaining(
 
 def _shortened(paths: Mapping[str, str | None], known: Collection[str]) -> set[str]:
     """Paths, or their ends where these stand for nothing else. The ends are given, or the last parts."""
-    found: set[str] = set()
-    for path, end in paths.items():
-        end = path.rpartition(".")[2] if end is None else end
-        is_clear = not end.isdigit() and all(p in paths for p in known if targeting.names_match((end,), p))
-        found.add(end if is_clear else path)
-    return found
+    last = {path: path.rpartition(".")[2] if end is None else end for path, end in paths.items()}
+    others = [path for path in known if path not in paths]
+    clear = {
+        end: not end.isdigit() and not any(targeting.names_match((end,), path) for path in others)
+        for end in set(last.values())
+    }
+    return {end if clear[end] else path for path, end in last.items()}
 
 
 def _check_whole(by_parameter: Mapping[str, Sequence[_Part]], family: str) -> None:
@@ -239,9 +241,9 @@ def _set_ranks(config: Any, by_parameter: Mapping[str, Sequence[_Part]], ends: M
     for path, (rank, alpha) in values.items():
         same = all(other == values[path] for p, other in values.items() if ends[p] == ends[path])
         pattern = rf".*\.{re.escape(ends[path])}" if same else re.escape(path)
-        if rank != config.r:
+        if rank != _resolved(config.rank_pattern, (path,), config.r):
             ranks[pattern] = rank
-        if alpha != config.lora_alpha:
+        if alpha != _resolved(config.alpha_pattern, (path,), config.lora_alpha):
             alphas[pattern] = alpha
     old_ranks: dict[str, int] = config.rank_pattern or {}
     old_alphas: dict[str, float] = config.alpha_pattern or {}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from funcadapt.peft.utils.other import check_file_exists_on_hf_hub
+from funcadapt.peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from funcadapt.peft.utils.warning import PeftWarning
 from funcadapt.peft.utils.weights import load_peft_weights as load_peft_weights
 from funcadapt.view.embeddings import warn_unknown
@@ -160,9 +161,10 @@ def set_peft_model_state_dict(
         RuntimeError: if a tensor does not fit. The model is unchanged then.
     """
     config = config_of(model, adapter_name)
+    tensors = dict(peft_model_state_dict)
     return load_adapter_state_dict(
         model,
-        peft_model_state_dict,
+        convert_peft_adapter_state_dict_for_transformers(model, config, tensors, adapter_name),
         adapter_name,
         ignore_mismatched_sizes,
         low_cpu_mem_usage,

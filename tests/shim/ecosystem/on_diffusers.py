@@ -247,10 +247,11 @@ def check_flux(folder: Path) -> Any:
     first.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=[*ATTENTION, "proj_mlp"], **patterns), "one")
     tiny.noise(first)
     first.save_lora_adapter(folder / "one", adapter_name="one")
-    found = {"one": run(first), "saved": load(folder / "one" / "pytorch_lora_weights.safetensors")}
+    file = folder / "one" / "pytorch_lora_weights.safetensors"
+    found = {"one": run(first), "saved": load(file)}
     second = model()
     for name in ("a", "b"):
-        second.load_lora_adapter(folder / "one", prefix=None, adapter_name=name, low_cpu_mem_usage=name == "b")
+        second.load_lora_adapter(file, prefix=None, adapter_name=name, low_cpu_mem_usage=name == "b")
     second.set_adapters(["a", "b"], [0.5, 0.25])
     found["loaded"] = run(second)
     found["config"] = {k: sorted(v) if isinstance(v, set) else v for k, v in second.peft_config["a"].to_dict().items()}
@@ -262,10 +263,10 @@ def check_flux(folder: Path) -> Any:
     second.unload_lora()
     found["unloaded"], found["attributes"] = run(second), hasattr(second, "peft_config")
     narrow = model().bfloat16()
-    narrow.load_lora_adapter(folder / "one", prefix=None, adapter_name="a")
+    narrow.load_lora_adapter(file, prefix=None, adapter_name="a")
     found["dtypes"] = {str(p.dtype) for p in narrow.parameters()}
     cast = model()
-    cast.load_lora_adapter(folder / "one", prefix=None, adapter_name="a")
+    cast.load_lora_adapter(file, prefix=None, adapter_name="a")
     cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     found["stored"] = sorted({f"{n.split('.')[-2]} {p.dtype}" for n, p in cast.named_parameters()})
     found["layerwise"] = run(cast)

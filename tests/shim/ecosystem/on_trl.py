@@ -10,6 +10,7 @@ from on_trainer import curve
 from tiny import llama
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+ROUGH = {"check_sft_of_a_peft_model": 5e-3}  # it computes in bfloat16
 FIELDS = {
     "per_device_train_batch_size": 4,
     "max_steps": 4,
@@ -103,7 +104,8 @@ def check_sft_of_a_peft_model(folder: Path) -> Any:
     args = SFTConfig(str(folder / "run"), **FIELDS, save_strategy="no", loss_type="nll")
     trainer = SFTTrainer(model, args, train_dataset=texts(), processing_class=tiny.tokenizer())
     trainer.train()
-    return curve(trainer), {name: value.dtype for name, value in tiny.trained(trainer.model).items()}
+    losses = [line["loss"] for line in curve(trainer) if "loss" in line]
+    return losses, {name: str(value.dtype) for name, value in tiny.trained(trainer.model).items()}
 
 
 def check_dpo(folder: Path) -> Any:

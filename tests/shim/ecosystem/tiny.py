@@ -139,7 +139,7 @@ def adapter(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "adapter_config.json").read_text())
     for key in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
         if isinstance(config.get(key), list):
-            config[key] = sorted(config[key])
+            config[key] = sorted(set(config[key]))
     if config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).name
     return {"config": config, "tensors": load_file(folder / "adapter_model.safetensors")}
