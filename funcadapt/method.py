@@ -138,7 +138,9 @@ class View:
         buffers: leaves that are held as buffers.
         derived: the 0-d leaves that follow from the config and are a dict of numbers on the layer: "scaling".
         dropout: the config field with the rate of dropout, also the name of the dict of dropout modules.
-        attributes: config fields that are dicts by adapter name on the layer, too: "r", "lora_alpha".
+        attributes: dicts by adapter name that a layer has -> the config fields in them: "r", "lora_alpha".
+        extends: the package whose layer and model classes this one's derive from.
+        empty: dicts that a layer has although nothing is ever in them.
         entries: dict -> what its entries print, where they are no layers; "dict:kind" for a kind of layer.
         holder: (site, base layer, container, leaves by the rest of their names) -> the entry of a ModuleDict; None for
             a plain Linear.
@@ -159,7 +161,9 @@ class View:
     buffers: frozenset[str] = frozenset()
     derived: tuple[str, ...] = ()
     dropout: str = ""
-    attributes: tuple[str, ...] = ()
+    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    extends: str = ""
+    empty: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict[str, type[nn.Module]])
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     holder: Callable[[Site, nn.Module, str, Mapping[str, Tensor]], nn.Module | None] = _nothing
     warm: Callable[[Site, Any, Draw], None] = _nothing

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import funcadapt as fa
-from funcadapt import targets
+from funcadapt import allocation, targets
 from funcadapt.config import config_from_dict
 from funcadapt.methods import adalora
 from funcadapt.methods.adalora import AdaLoraConfig
@@ -333,7 +333,7 @@ class Training:
         self.config: Any = self.adapter.config
         self.theirs = torch.optim.AdamW([p for p in self.wrapped.parameters() if p.requires_grad], lr=0.02)
         self.moments = fa.optim.adamw.init(self.adapter.params, stacked=False)
-        self.state = adalora.start(self.config, self.adapter.params)
+        self.state = allocation.start(self.config, self.adapter.params)
         self.generator = torch.Generator().manual_seed(7)
         self.thresholds: list[float] = []
         kthvalue = torch.kthvalue
@@ -346,7 +346,7 @@ class Training:
 
     def loss(self, params: Any, ids: Tensor) -> Tensor:
         out = fa.functional_call(self.model, self.adapter.replace(params=params), (), {"input_ids": ids, "labels": ids})
-        return out.loss + adalora.orthogonality(self.config, params)
+        return out.loss + allocation.orthogonality(self.config, params)
 
     def step(self, step: int, patch: pytest.MonkeyPatch) -> dict[str, list[bool]] | None:
         """One step of both; every number must agree."""
@@ -368,8 +368,8 @@ class Training:
         params, self.moments = fa.optim.adamw.update(
             self.adapter.params, grads, self.moments, lr=torch.tensor(0.02, dtype=torch.float64)
         )
-        values, after, pattern = adalora.update(self.config, self.state, params, grads, step)
-        self.adapter, self.state = adalora.allocate(self.adapter.replace(params=params), grads, self.state, step)
+        values, after, pattern = allocation.update(self.config, self.state, params, grads, step)
+        self.adapter, self.state = allocation.allocate(self.adapter.replace(params=params), grads, self.state, step)
         for path, e in values.items():
             assert torch.equal(e, self.adapter.params[path]["lora_E"])
             assert torch.equal(after.mask[path], self.state.mask[path])
@@ -411,10 +411,10 @@ def test_the_whole_evolution(fields: dict[str, Any], tmp_path: Path, monkeypatch
             count = sum(map(sum, pattern.values()))
             scored = step < run.config.total_step - run.config.tfinal
             if scored:
-                found = adalora.scores(run.state)
-                left, due = adalora.budget(run.config, step, run.config.init_r * 6, run.config.target_r * 6)
+                found = allocation.scores(run.state)
+                left, due = allocation.budget(run.config, step, run.config.init_r * 6, run.config.target_r * 6)
                 assert due
-                limit = adalora.threshold(found, run.config.init_r * 6 - left)
+                limit = allocation.threshold(found, run.config.init_r * 6 - left)
                 torch.testing.assert_close(limit.item(), run.thresholds[0], rtol=1e-6, atol=0)
                 assert count == left
             kept.append(count)
@@ -423,7 +423,7 @@ def test_the_whole_evolution(fields: dict[str, Any], tmp_path: Path, monkeypatch
 
     # both save what is left, and read each other's
     ids, theirs = tokens("llama"), peft_save(run.wrapped, tmp_path / "theirs")
-    pruned = adalora.prune(run.adapter, adalora.rank_pattern(run.state.mask))
+    pruned = allocation.prune(run.adapter, allocation.rank_pattern(run.state.mask))
     assert pruned.num_parameters() < run.adapter.num_parameters()
     close(
         logits(fa.functional_call(run.model, pruned, (), ids)),
@@ -452,14 +452,14 @@ def test_orthogonality_is_what_peft_adds(tmp_path: Path) -> None:
     inputs = {**pair.inputs, "labels": pair.inputs["input_ids"]}
     with_penalty = pair.wrapped(**inputs).loss
     without = pair.wrapped.base_model.model(**inputs).loss
-    added = adalora.orthogonality(pair.adapter.config, pair.adapter.params)  # pyright: ignore
+    added = allocation.orthogonality(pair.adapter.config, pair.adapter.params)  # pyright: ignore
     torch.testing.assert_close(added.float(), (with_penalty - without).detach())
     with_penalty.backward()
     inside = dict(pair.wrapped.base_model.model.named_parameters())
     grads = torch.func.grad(
         lambda p: (
             fa.functional_call(pair.model, pair.adapter.replace(params=p), (), inputs).loss
-            + adalora.orthogonality(pair.adapter.config, p)  # pyright: ignore
+            + allocation.orthogonality(pair.adapter.config, p)  # pyright: ignore
         )
     )(pair.adapter.params)
     for path, g in grads.items():
@@ -472,7 +472,7 @@ def test_peft_adds_no_penalty_without_a_task(tmp_path: Path) -> None:
     pair = Pair("defaults", tmp_path)
     inputs = {**pair.inputs, "labels": pair.inputs["input_ids"]}
     assert torch.equal(pair.wrapped(**inputs).loss, pair.wrapped.base_model.model(**inputs).loss)
-    assert adalora.orthogonality(pair.adapter.config, pair.adapter.params) > 0.1  # pyright: ignore
+    assert allocation.orthogonality(pair.adapter.config, pair.adapter.params) > 0.1  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ def test_the_budget_is_peft_s(fields: dict[str, Any], initial: int, final: int) 
     theirs.init_bgt, theirs.target_bgt = initial, final
     ours = AdaLoraConfig(total_step=20, **fields)
     for step in range(25):
-        assert adalora.budget(ours, step, initial, final) == theirs.budget_schedule(step)
+        assert allocation.budget(ours, step, initial, final) == theirs.budget_schedule(step)
 
 
 # -- the allocator as pure functions ----------------------------------------------------------------------
@@ -499,15 +499,15 @@ def small(**fields: Any) -> tuple[nn.Module, fa.Adapter]:
     return model, fa.init(model, config)
 
 
-def trained(adapter: fa.Adapter, steps: int, seed: int = 0) -> tuple[fa.Adapter, adalora.RankState]:
+def trained(adapter: fa.Adapter, steps: int, seed: int = 0) -> tuple[fa.Adapter, allocation.RankState]:
     """As many steps of something like a training."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = adapter.config
-    state = adalora.start(config, adapter.params)
+    state = allocation.start(config, adapter.params)
     for step in range(steps):
         grads = pytree.tree_map(lambda t: torch.randn(t.shape, generator=generator, dtype=t.dtype), adapter.params)
         params = pytree.tree_map(lambda p, g: p - 0.1 * g, adapter.params, grads)
-        adapter, state = adalora.allocate(adapter.replace(params=params), grads, state, step)
+        adapter, state = allocation.allocate(adapter.replace(params=params), grads, state, step)
     return adapter, state
 
 
@@ -524,22 +524,22 @@ def test_vmap_is_a_loop() -> None:
     ]
     config: Any = adapter.config
     stack = fa.stack(adapters)
-    state = torch.func.vmap(lambda p: adalora.start(config, p))(stack.params)
-    states = [adalora.start(config, a.params) for a in adapters]
+    state = torch.func.vmap(lambda p: allocation.start(config, p))(stack.params)
+    states = [allocation.start(config, a.params) for a in adapters]
     for step, row in enumerate(grads):
         together = pytree.tree_map(lambda *g: torch.stack(g), *row)
-        stack, state = torch.func.vmap(lambda a, g, s, step=step: adalora.allocate(a, g, s, step))(
+        stack, state = torch.func.vmap(lambda a, g, s, step=step: allocation.allocate(a, g, s, step))(
             stack, together, state
         )
         for i, g in enumerate(row):
-            adapters[i], states[i] = adalora.allocate(adapters[i], g, states[i], step)
+            adapters[i], states[i] = allocation.allocate(adapters[i], g, states[i], step)
             for a, b in zip(pytree.tree_leaves(states[i]), pytree.tree_leaves(state), strict=True):
                 torch.testing.assert_close(a, b[i])
             for a, b in zip(adapters[i].tensors(), fa.unstack(stack)[i].tensors(), strict=True):
                 torch.testing.assert_close(a, b)
     assert not all(m.all() for m in state.mask.values())
-    patterns = [adalora.rank_pattern(s.mask) for s in states]
-    assert patterns == [adalora.rank_pattern({p: m[i] for p, m in state.mask.items()}) for i in range(3)]
+    patterns = [allocation.rank_pattern(s.mask) for s in states]
+    assert patterns == [allocation.rank_pattern({p: m[i] for p, m in state.mask.items()}) for i in range(3)]
 
 
 def test_nothing_is_changed_in_place() -> None:
@@ -548,8 +548,8 @@ def test_nothing_is_changed_in_place() -> None:
     copies = pytree.tree_map(torch.clone, (adapter, state))
     grads = pytree.tree_map(torch.ones_like, adapter.params)
     for step in (1, 6, 7):
-        adalora.allocate(adapter, grads, state, step)
-    adalora.prune(adapter, adalora.rank_pattern(state.mask))
+        allocation.allocate(adapter, grads, state, step)
+    allocation.prune(adapter, allocation.rank_pattern(state.mask))
     for a, b in zip(pytree.tree_leaves((adapter, state)), pytree.tree_leaves(copies), strict=True):
         assert torch.equal(a, b)
 
@@ -560,7 +560,7 @@ def test_masks_stay_at_the_end_and_forgetting_starts_anew() -> None:
     assert not any(t.any() for t in pytree.tree_leaves((state.sensitivity, state.uncertainty)))
     grown = {path: {**p, "lora_E": torch.ones_like(p["lora_E"])} for path, p in adapter.params.items()}
     for step in (5, 6, 100):
-        again, later = adalora.allocate(adapter.replace(params=grown), grown, state, step)
+        again, later = allocation.allocate(adapter.replace(params=grown), grown, state, step)
         for path, mask in state.mask.items():
             assert torch.equal(again.params[path]["lora_E"][:, 0] != 0, mask)
             assert torch.equal(later.mask[path], mask)
@@ -569,12 +569,12 @@ def test_masks_stay_at_the_end_and_forgetting_starts_anew() -> None:
 def test_no_gradient_is_a_zero_gradient() -> None:
     _, adapter = small()
     config: Any = adapter.config
-    state = adalora.start(config, adapter.params)
+    state = allocation.start(config, adapter.params)
     ones = pytree.tree_map(torch.ones_like, adapter.params)
     none = {"0": ones["0"], "2": dict.fromkeys(ones["2"])}
     zero = {"0": ones["0"], "2": pytree.tree_map(torch.zeros_like, ones["2"])}
     for grads in (none, {"0": ones["0"]}):
-        a, b = (adalora.importance(config, state, adapter.params, g) for g in (grads, zero))
+        a, b = (allocation.importance(config, state, adapter.params, g) for g in (grads, zero))
         assert all(torch.equal(x, y) for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True))
 
 
@@ -584,8 +584,8 @@ def test_narrow_leaves_are_scored_in_float32() -> None:
     adapter = adapter.to(torch.float16).map(lambda t: t + 1e-3 if t.ndim else t)
     grads = pytree.tree_map(lambda t: torch.full_like(t, 1e-4), adapter.params)
     config: Any = adapter.config
-    state = adalora.importance(config, adalora.start(config, adapter.params), adapter.params, grads)
-    assert all(s.dtype == torch.float32 and s.min() > 0 for s in adalora.scores(state).values())
+    state = allocation.importance(config, allocation.start(config, adapter.params), adapter.params, grads)
+    assert all(s.dtype == torch.float32 and s.min() > 0 for s in allocation.scores(state).values())
 
 
 @pytest.mark.parametrize("kind", ["padding", "groups"])
@@ -666,22 +666,22 @@ def test_a_target_that_is_the_start_masks_nothing(tmp_path: Path) -> None:
 def test_bad_input() -> None:
     model, adapter = small()
     config: Any = adapter.config
-    state = adalora.start(config, adapter.params)
+    state = allocation.start(config, adapter.params)
     grads = pytree.tree_map(torch.zeros_like, adapter.params)
     with pytest.raises(fa.AdapterError, match=r"step 6 = total_step - tfinal .* no triplet has a score"):
-        adalora.allocate(adapter, grads, state, 6)
+        allocation.allocate(adapter, grads, state, 6)
     _, larger = small(target_r=4)
     with pytest.raises(fa.AdapterError, match=r"target_r is larger than the rank of the layers: 6 triplets .* is 7"):
-        adalora.allocate(larger, grads, state, 4)
+        allocation.allocate(larger, grads, state, 4)
     with pytest.raises(fa.AdapterError, match="different ranks"):
-        adalora.allocate(fa.stack([adapter, small(init_r=2)[1]]), grads, state, 0)
+        allocation.allocate(fa.stack([adapter, small(init_r=2)[1]]), grads, state, 0)
     for pattern, message in (
         ({"1.lora_E": [True] * 3}, "'1.lora_E', which the adapter does not. Did you mean"),
         ({"0.lora_E": [True]}, "1 triplets for '0.lora_E', the adapter has 3"),
     ):
         with pytest.raises(fa.AdapterError, match=message):
-            adalora.prune(adapter, pattern)
-    assert adalora.orthogonality(config, {}).item() == 0
+            allocation.prune(adapter, pattern)
+    assert allocation.orthogonality(config, {}).item() == 0
     pytree.tree_map(lambda t: t, state)
     assert model is not None
 
@@ -712,7 +712,7 @@ def test_a_pruned_adapter_is_the_masked_one(at0: list[bool], tmp_path: Path) -> 
     full = masked(adapter, pattern)
     x = torch.randn(7, 5, dtype=torch.float64)
     out = fa.functional_call(model, full, (x,))
-    pruned = adalora.prune(full, pattern)
+    pruned = allocation.prune(full, pattern)
     assert pruned.params["0"]["lora_A"].shape == (max(1, sum(at0)), 5)
     assert float(pruned.buffers["0"]["ranknum"]) == 3  # the scaling is what it was
     close(fa.functional_call(model, pruned, (x,)), out)
@@ -746,15 +746,15 @@ def test_a_pruned_adapter_is_the_masked_one(at0: list[bool], tmp_path: Path) -> 
 def test_pruning_goes_on(tmp_path: Path) -> None:
     """A pruned adapter is trained, and pruned again: the pattern is of the first rank."""
     model, adapter = small()
-    once = adalora.prune(adapter, {"0.lora_E": [True, False, True]})
+    once = allocation.prune(adapter, {"0.lora_E": [True, False, True]})
     config: Any = once.config
-    assert [*adalora.start(config, once.params).mask["0"].shape] == [2]
-    twice = adalora.prune(masked(once, {}), {"0.lora_E": [False, True]})
+    assert [*allocation.start(config, once.params).mask["0"].shape] == [2]
+    twice = allocation.prune(masked(once, {}), {"0.lora_E": [False, True]})
     assert twice.config.rank_pattern == {"0.lora_E": (False, False, True)}  # pyright: ignore
     assert twice.params["0"]["lora_A"].shape[0] == 1
     fa.save(twice, tmp_path)
     same_adapters(fa.load(tmp_path, model=model), twice)
-    again = adalora.start(config, adapter.params)  # the state of a training that goes on
+    again = allocation.start(config, adapter.params)  # the state of a training that goes on
     assert again.mask["0"].tolist() == [True, False, True]
     assert again.mask["2"].all()
 
@@ -764,20 +764,20 @@ def test_experts_keep_their_ranks(tmp_path: Path) -> None:
     model, x = case.model(), case.inputs()
     adapter = case.adapter(model).replace(buffers=case.new(model).buffers)
     pattern = {"0.w.lora_E": [True, False, False, False, True, True]}
-    full = adalora.prune(adapter, pattern)
+    full = allocation.prune(adapter, pattern)
     assert full.params["0.w"]["lora_E"].flatten().ne(0).tolist() == pattern["0.w.lora_E"]
     fa.save(full, tmp_path)
     again = fa.load(tmp_path, model=model)
     same_adapters(again, full)
     close(fa.functional_call(model, again, (x,)), fa.functional_call(model, full, (x,)))
-    state = adalora.start(full.config, adapter.params)  # pyright: ignore
-    assert adalora.rank_pattern(state.mask) == pattern
+    state = allocation.start(full.config, adapter.params)  # pyright: ignore
+    assert allocation.rank_pattern(state.mask) == pattern
     grads = pytree.tree_map(torch.ones_like, adapter.params)
-    kept, state = adalora.allocate(adapter, grads, state, 9)
+    kept, state = allocation.allocate(adapter, grads, state, 9)
     assert kept.params["0.w"]["lora_E"].ne(0).sum() == state.mask["0.w"].sum()
-    penalty = adalora.orthogonality(full.config, adapter.params)  # pyright: ignore
+    penalty = allocation.orthogonality(full.config, adapter.params)  # pyright: ignore
     one_by_one = {str(e): {k: v[e] for k, v in adapter.params["0.w"].items()} for e in range(3)}
-    close(penalty, adalora.orthogonality(full.config, one_by_one))  # pyright: ignore
+    close(penalty, allocation.orthogonality(full.config, one_by_one))  # pyright: ignore
 
 
 @pytest.mark.parametrize("scale", [1.5, -0.5, 0.0], ids=str)
@@ -826,7 +826,7 @@ def test_malformed_files(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     model, adapter = small()
-    fa.save(adalora.prune(masked(adapter, {}), {"0.lora_E": [True, False, True]}), tmp_path)
+    fa.save(allocation.prune(masked(adapter, {}), {"0.lora_E": [True, False, True]}), tmp_path)
     good, config = raw(tmp_path), json.loads((tmp_path / "adapter_config.json").read_text())
     key = "base_model.model.0.lora_"
     for change, message in (
@@ -849,7 +849,7 @@ def test_malformed_files(tmp_path: Path) -> None:
 def test_names_with_the_adapter_s_are_read(tmp_path: Path) -> None:
     """What PEFT has in memory, and older releases in their files."""
     model, adapter = small()
-    pruned = adalora.prune(masked(adapter, {}), {"0.lora_E": [True, False, True]})
+    pruned = allocation.prune(masked(adapter, {}), {"0.lora_E": [True, False, True]})
     fa.save(pruned, tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace("0.lora_E", "0.lora_E.default"))
@@ -858,7 +858,7 @@ def test_names_with_the_adapter_s_are_read(tmp_path: Path) -> None:
     same_tensors(dict(again.params["0"]), dict(pruned.params["0"]))
     fa.save(again, tmp_path)
     assert json.loads(path.read_text())["rank_pattern"] == {"0.lora_E": [True, False, True]}
-    twice = adalora.prune(again, {"0.lora_E.default": [False, True]})
+    twice = allocation.prune(again, {"0.lora_E.default": [False, True]})
     assert twice.config.rank_pattern == {"0.lora_E": (False, False, True)}  # pyright: ignore
 
 

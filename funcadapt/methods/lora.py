@@ -395,12 +395,13 @@ def layout(p: Leaf) -> Leaf:
         p: the leaves.
 
     Returns:
-        The leaves, `lora_B` copied if it is 2-D and not stored so.
+        The leaves, `lora_B` copied if it is 2-D.
     """
     b = p.get("lora_B")
     if b is None or b.ndim != 2:
         return p
-    return {**p, "lora_B": b.t().contiguous().t()}
+    # a clone, and no `contiguous`: the strides are to be the same for every rank, 1 too
+    return {**p, "lora_B": b.t().clone(memory_format=torch.contiguous_format).t()}
 
 
 def with_rank(p: Leaf, old: int, r: int) -> Leaf:
@@ -576,7 +577,7 @@ VIEW = View(
     held={"lora_magnitude_vector": "lora_magnitude_vector.weight"},
     derived=("scaling",),
     dropout="lora_dropout",
-    attributes=("r", "lora_alpha", "use_dora", "use_rslora", "lora_bias"),
+    attributes={name: name for name in ("r", "lora_alpha", "use_dora", "use_rslora", "lora_bias")},
     entries={
         "lora_magnitude_vector": "lora.dora.DoraLinearLayer",
         # PEFT's classes that derive from that one put the prefix before themselves once more

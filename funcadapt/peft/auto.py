@@ -136,9 +136,8 @@ def _fit_vocabulary(model: Any, path: str, revision: str | None, kwargs: dict[st
     token: Any = kwargs.get("token") or kwargs.get("use_auth_token")
     if not hasattr(model, "get_input_embeddings") or not _has_tokenizer(path, revision, token, kwargs):
         return
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(  # pyright: ignore[reportUnknownVariableType]
+    transformers: Any = importlib.import_module("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
         path, revision=revision, token=token, trust_remote_code=kwargs.get("trust_remote_code", False)
     )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:

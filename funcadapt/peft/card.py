@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from funcadapt.peft.config import PEFT_VERSION
-from funcadapt.peft.tuner import DUMMY_MODEL_CONFIG, BaseTuner
+from funcadapt.peft.tuner import BaseTuner
 
 _PROCEDURE, _VERSIONS = "## Training procedure", "### Framework versions"
 _QUANTIZED = "The following `bitsandbytes` quantization config was used during training:"
@@ -20,24 +20,24 @@ def write_model_card(model: Any, folder: str | os.PathLike[str]) -> None:
         folder: the folder.
     """
     try:
-        from huggingface_hub import ModelCard, ModelCardData
+        import huggingface_hub
     except ImportError:  # the adapter's own files do not need it
         return
+    hub: Any = huggingface_hub
     path = os.path.join(folder, "README.md")
-    card: Any = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData())
+    card = hub.ModelCard.load(path) if os.path.exists(path) else hub.ModelCard.from_template(hub.ModelCardData())
     card.data["library_name"] = "peft"
     if tags := _tags(model):
         card.data["tags"] = tags
     if not card.data.pipeline_tag and any(c.__name__ == "PeftModelForCausalLM" for c in type(model).__mro__):
         card.data.pipeline_tag = "text-generation"
-    config: Any = BaseTuner.get_model_config(model)
-    known = config is not None and config != DUMMY_MODEL_CONFIG
-    if known and "_name_or_path" in config:
+    config: dict[str, Any] = BaseTuner.get_model_config(model) or {}
+    if "_name_or_path" in config:
         card.data["base_model"] = config["_name_or_path"]
-    lines = card.text.splitlines()
-    quantization = config.get("quantization_config") if known and isinstance(config, dict) else None  # pyright: ignore
+    lines: list[str] = card.text.splitlines()
+    quantization: Any = config.get("quantization_config")
     if quantization is not None and _QUANTIZED not in lines:
-        values: Any = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+        values: dict[str, Any] = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
         text = "\n".join(["", _QUANTIZED, *(f"- {name}: {value}" for name, value in values.items()), ""])
         _under(lines, _PROCEDURE, text, "")
     if f"- PEFT {PEFT_VERSION}" not in lines:
@@ -55,7 +55,7 @@ def _under(lines: list[str], heading: str, text: str, gap: str) -> None:
 
 def _tags(model: Any) -> list[str]:
     base = model.get_base_model()
-    tags = set(getattr(base, "model_tags", None) or ())
+    tags: set[str] = set(getattr(base, "model_tags", None) or ())
     if any(c.__name__ == "PreTrainedModel" for c in type(base).__mro__):
         tags.add("transformers")
     if any(config.peft_type == "LORA" for config in model.peft_config.values()):

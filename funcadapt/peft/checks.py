@@ -66,7 +66,7 @@ def check_injectable(config: Any) -> None:
 
 def warn_of_prefix(adapter_name: str, config: PeftConfig) -> None:
     """Warn of a name that is a part of the prefix of the method's parameters."""
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type or "")
     if prefix and adapter_name in prefix:
         warnings.warn(
             f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from funcadapt._torch import named_modules
 from funcadapt.view.classes import family
 from funcadapt.view.walking import layers
 
@@ -58,7 +59,7 @@ def update_signature(model: nn.Module, method: str = "all") -> None:
 
 def _take_signature(model: Any, name: str, plain: Sequence[set[str]]) -> None:
     bound = getattr(model, name)
-    if set(inspect.signature(bound).parameters) not in plain:
+    if set(inspect.signature(bound).parameters.keys()) not in plain:
         return
     own: Callable[..., Any] = bound.__func__
 
@@ -93,7 +94,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 
 @contextmanager
-def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Generator[None, None, None]:
     """Multiply the scaling of every LoRA layer, for the duration of a block.
 
     Args:
@@ -126,7 +127,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 @contextmanager
-def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Generator[None, None, None]:
     """Adapter layers do not cast their input to their own dtype, for the duration of a block.
 
     Diffusers' layerwise casting does it in hooks of its own, which a second cast would undo.
@@ -213,7 +214,7 @@ class KappaTuneSelector:
 
     @functools.cached_property
     def _modules(self) -> dict[str, float]:
-        weights = {n: m.weight for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        weights = {n: m.weight for n, m in named_modules(self.model) if isinstance(m, nn.Linear)}
         return {name: self._condition(weight) for name, weight in weights.items() if self._fits(weight)}
 
     @functools.cached_property
@@ -227,7 +228,8 @@ class KappaTuneSelector:
     @staticmethod
     def _condition(weight: torch.Tensor) -> float:
         """Largest over smallest singular value; of a stack of experts, the mean."""
-        values = torch.linalg.svdvals(weight.detach().float())
+        singular: Any = torch.linalg
+        values: torch.Tensor = singular.svdvals(weight.detach().float())
         return float((values[..., 0] / (values[..., -1] + 1e-8)).mean())
 
     def get_best_targets(

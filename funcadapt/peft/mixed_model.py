@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -13,7 +13,8 @@ from funcadapt.peft.checks import check_injectable, input_requires_grad, is_chec
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.model_files import FilesMixin
 from funcadapt.peft.status import count_parameters
-from funcadapt.peft.tuner import DUMMY_MODEL_CONFIG, BaseTuner
+from funcadapt.peft.tuner import BaseTuner
+from funcadapt.peft.tuner_merging import DUMMY_MODEL_CONFIG
 
 COMPATIBLE_TUNER_TYPES = ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA")
 
@@ -52,7 +53,7 @@ class PeftMixedModel(FilesMixin, nn.Module):
         modules_to_save: the names of the modules that are trained in full, or None.
     """
 
-    base_model: MixedModel
+    base_model: MixedModel  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class PeftMixedModel(FilesMixin, nn.Module):
         return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> Generator[None, None, None]:
         """The model is the base model, for the duration of a block.
 
         Yields:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from funcadapt.view.mixed import mixed_batch
 
 
 @contextmanager
-def named_rows(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) -> Iterator[None]:
+def named_rows(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) -> Generator[None, None, None]:
     """Row i uses the adapter `names[i]`, for the duration of a block.
 
     `generate` repeats every row for its beams and for the sequences that it returns, so the names are repeated, too;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +66,7 @@ class PeftModel(FilesMixin, HubMixin, nn.Module):
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._is_prompt_learning = False
-        tuner: type[BaseTuner] = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+        tuner: type[BaseTuner] = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type or ""]
         self.base_model = tuner(model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if is_checkpointing(model):
@@ -158,7 +158,7 @@ class PeftModel(FilesMixin, HubMixin, nn.Module):
     # -- calls ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
         if not self.has_active_enabled_adapter:
             yield
             return
@@ -271,7 +271,7 @@ class PeftModel(FilesMixin, HubMixin, nn.Module):
             self.active_adapter = active[0]
 
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> Generator[None, None, None]:
         """The model is the base model, for the duration of a block (trained biases stay).
 
         Yields:

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ class FilesMixin:
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
+        save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         **kwargs: Any,
@@ -106,7 +106,7 @@ class FilesMixin:
         base, config = self.base_model.model, self.peft_config[name]
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path", None) or None
-        written = copy.deepcopy(as_held(base, config, name))
+        written: Any = copy.deepcopy(as_held(base, config, name))
         if initial is not None:
             tensors = subtract_initial(tensors, load_peft_weights(os.fspath(initial), device="cpu"), written)
             written = doubled_config(written)

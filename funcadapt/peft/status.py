@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from funcadapt._torch import named_modules
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from funcadapt.view.layer import AdapterLayer
 
@@ -89,7 +90,7 @@ def status_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     Yields:
         The path and the layer.
     """
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper) and not isinstance(
             module, TrainableTokensWrapper
         ):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -16,18 +15,17 @@ from funcadapt.peft.advice import advise
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.mixing import named_rows
 from funcadapt.peft.settling import settle
+from funcadapt.peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from funcadapt.peft.tuner_merging import MergingMixin
 from funcadapt.peft.weighting import add_weighted_adapter
-from funcadapt.view import merging, state
+from funcadapt.view import state
 from funcadapt.view.classes import family, view_named
 from funcadapt.view.inject import inject
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.walking import auxiliaries, layers
 
-DUMMY_MODEL_CONFIG = {"model_type": "custom"}
-_EMBEDDINGS = ("embed_tokens", "lm_head")
 
-
-class BaseTuner(nn.Module):
+class BaseTuner(MergingMixin, nn.Module):
     """A model with adapters injected in place, and what can be done with them.
 
     It is what `PeftModel.base_model` is, and can be used without one: `LoraModel(model, config, "default")`. Attributes
@@ -120,7 +118,7 @@ class BaseTuner(nn.Module):
         return outputs
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
         """Rows use the adapters that `adapter_names` names, for the duration of a block: for every method."""
         names: Sequence[str] | None = kwargs.pop("adapter_names", None)
         if names is None:
@@ -155,6 +153,8 @@ class BaseTuner(nn.Module):
         """
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
+        # adapters that were trained on other layers of the same architecture: its experts in transformers 4
+        convert_peft_config_for_transformers(config, self.model)
         resolved = inject(
             self.model,
             config.to_funcadapt(),
@@ -170,7 +170,8 @@ class BaseTuner(nn.Module):
     def _settle(self, adapter_name: str, resolved: Any) -> None:
         """Record what was adapted, and what the config came to mean."""
         for _, layer in layers(self.model):
-            layer._active_adapter = list(self.active_adapters)  # a new layer, too, that the active ones are not at
+            if isinstance(layer, self.tuner_layer_cls):
+                layer._active_adapter = list(self.active_adapters)  # a new layer, too, that the active ones are not at
             if adapter_name in layer.adapters:
                 if layer._read_by_parent:  # the out-projection of an attention, which is one target
                     continue
@@ -272,74 +273,7 @@ class BaseTuner(nn.Module):
 
     add_weighted_adapter = add_weighted_adapter
 
-    # -- merging ----------------------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters into the base weights, and keep them.
-
-        Args:
-            adapter_names: which; None for the active ones.
-            safe_merge: whether to check that the result is finite, before anything is written.
-        """
-        self._check_merge_allowed()
-        merging.merge(self.model, adapter_names, safe_merge=safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Take the merged adapters out of the base weights again."""
-        merging.unmerge(self.model)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """Write adapters into the base weights and remove every trace of them.
-
-        Args:
-            progressbar: accepted, nothing is shown.
-            safe_merge: whether to check that the result is finite, before anything is written.
-            adapter_names: which; None for the active ones.
-
-        Returns:
-            The model.
-        """
-        self._check_merge_allowed()
-        return self._unload(merge_first=True, safe_merge=safe_merge, names=adapter_names)
-
-    def unload(self) -> nn.Module:
-        """The model without its adapters."""
-        return self._unload()
-
-    def _unload(self, **options: Any) -> nn.Module:
-        model = merging.unload(self.model, **options)
-        if "peft_config" in model.__dict__:
-            del model.peft_config
-        return model
-
-    def _check_merge_allowed(self) -> None:
-        tied = [name for name in self.targeted_module_names if name.rpartition(".")[2] in _EMBEDDINGS]
-        if tied and self.get_model_config(self.model).get("tie_word_embeddings"):
-            warnings.warn(
-                f"Model with `tie_word_embeddings=True` and the tied_target_modules={tied} are part of the adapter. "
-                "This can lead to complications. You can opt to merge the adapter after cloning the weights (to untie "
-                "the embeddings), by loading the model with `tie_word_embeddings=False`.",
-                stacklevel=3,
-            )
-
     # -- the rest ---------------------------------------------------------------------------------------
-
-    @staticmethod
-    def get_model_config(model: nn.Module) -> Any:
-        """A model's config as a dict.
-
-        Args:
-            model: the model.
-
-        Returns:
-            The dict; `{"model_type": "custom"}` if it has no config.
-        """
-        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
-        if hasattr(config, "to_dict"):
-            return config.to_dict()
-        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # pyright: ignore
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a LoRA can stand for the adapter: it adds matrices of low rank, and to linear layers only.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from funcadapt.errors import AdapterError
 from funcadapt.method import method_of
 from funcadapt.peft.plain import add_weighted_adapter as add
 from funcadapt.view.auxiliary import ModulesToSaveWrapper
-from funcadapt.view.walking import auxiliaries, view_state
+from funcadapt.view.inject import fresh
+from funcadapt.view.walking import auxiliaries, layers, unwrapped, view_state
 
 if TYPE_CHECKING:
     from funcadapt.peft.tuner import BaseTuner
@@ -71,6 +73,8 @@ def add_weighted_adapter(
     kind = combination_type or ("linear" if method.with_rank is None else "svd")
     if len(adapters) > 1:
         _check_together(self.model, adapters, configs, kind)
+    if method.with_rank is not None:
+        _draw(self.model, adapters, configs, kind, svd_rank)
     # the tuner's dict is the model's own
     add(
         self.model,
@@ -87,6 +91,17 @@ def add_weighted_adapter(
         seed=None,  # torch's own generator, as in PEFT
     )
     self._settle(adapter_name, view_state(self.model).configs[adapter_name])
+
+
+def _draw(model: nn.Module, adapters: Sequence[str], configs: Sequence[Any], kind: str, svd_rank: int | None) -> None:
+    """Draw the numbers that PEFT draws, and drops, for the new adapter: what comes after them depends on the seed."""
+    method = method_of(configs[0])
+    ranks = [getattr(config, method.rank_field) for config in configs]
+    rank = sum(ranks) if kind == "cat" else max(ranks) if not kind.endswith("svd") else svd_rank or max(ranks)
+    patterns = {pattern: dict[str, Any]() for pattern in configs[0].patterned.values()}
+    table = [layer.site for _, layer in layers(model) if not layer.adapters.keys().isdisjoint(adapters)]
+    with unwrapped(model):
+        fresh(model, dataclasses.replace(configs[0], **{method.rank_field: rank, **patterns}), table)
 
 
 def _check_together(model: nn.Module, adapters: Sequence[str], configs: Sequence[Any], kind: str) -> None:

@@ -75,7 +75,7 @@ def _family(view: View) -> type[AdapterLayer]:
     others = (*view.attributes, *view.derived, *((view.dropout,) if view.dropout else ()))
     return _class(
         f"{view.name}Layer",
-        (AdapterLayer,),
+        (family(view.extends) if view.extends else AdapterLayer,),
         view,
         f"A layer with adapters of {view.name}, see AdapterLayer.",
         adapter_layer_names=names,

@@ -98,6 +98,11 @@ def _places(found: Iterable[tuple[str, Any, Iterable[str]]]) -> Iterator[tuple[s
                 yield f"{path}.{container}.{name}", name
 
 
+def own_leaves(model: nn.Module, name: str) -> list[Own]:
+    """What an adapter has at each layer."""
+    return Entries(model, name).own
+
+
 def above(key: str) -> Iterator[str]:
     """A key and everything that it is below of."""
     while key:

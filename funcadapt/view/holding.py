@@ -77,7 +77,8 @@ def new_containers(view: View) -> dict[str, nn.Module]:
         if container not in made:
             plain = BufferDict(persistent=True) if leaf in view.buffers else nn.ParameterDict()
             made[container] = nn.ModuleDict() if rest else plain
-    return made
+    made |= {name: kind() for name, kind in view.empty.items()}
+    return {name: made[name] for name in dict.fromkeys((*view.containers, *made)) if name in made}
 
 
 class Entry(nn.Module):
@@ -153,7 +154,8 @@ def put(layer: nn.Module, method: Method, site: Site, base: nn.Module, name: str
             continue
         held: Any = layer._modules[container]
         frozen = leaf in view.frozen
-        held[name] = leaves[leaf] if leaf in view.buffers else nn.Parameter(leaves[leaf], requires_grad=not frozen)
+        value = leaves[leaf].reshape(1) if frozen and not leaves[leaf].ndim else leaves[leaf]  # PEFT has no 0-d ones
+        held[name] = value if leaf in view.buffers else nn.Parameter(value, requires_grad=not frozen)
     for container, parts in grouped.items():
         held = layer._modules[container]
         held._modules[name] = entry_of(view, site, base, container, parts)

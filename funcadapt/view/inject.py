@@ -78,22 +78,13 @@ def inject(
     Failure leaves the model as it was, the base weights that PiSSA and OLoRA change included.
     """
     state = _prepare(model, name)
-    draw_like = torch.device("meta") if low_cpu_mem_usage else None
     with unwrapped(model):
         if state_dict is not None:
             table, config = _sites_of_keys(model, config, state_dict)
         else:
             table = sites(model, config, strict=False)
             config = config.for_model(model_type(model))
-        view = view_of(method_of(config))
-
-        def draw_of(site: Site, at: Any) -> Draw:
-            draw = TorchDraw(None, site.dtype, draw_like or site.device)
-            if not draw.abstract:
-                view.warm(site, at, draw)
-            return draw
-
-        adapter, base = initialise(model, config, table, draw_of, strict=False)
+        adapter, base = fresh(model, config, table, torch.device("meta") if low_cpu_mem_usage else None)
         own = dict(model.named_parameters(remove_duplicate=False))
     with Transaction() as change:
         _place(model, adapter, name, state, change, copy=False, activate=activate, inference_mode=inference_mode)
@@ -105,12 +96,37 @@ def inject(
     return config
 
 
+def fresh(
+    model: nn.Module, config: AdapterConfig, table: Sequence[Site], device: torch.device | None = None
+) -> tuple[Adapter, dict[str, Tensor]]:
+    """A new adapter with the numbers that PEFT would draw from torch's own generator.
+
+    Args:
+        model: the bare model, not changed.
+        config: the config, with the model's defaults filled in.
+        table: the sites.
+        device: where the leaves are; by default where the weights are.
+
+    Returns:
+        The adapter, and the base weights that it changes, by name.
+    """
+    view = view_of(method_of(config))
+
+    def draw_of(site: Site, at: Any) -> Draw:
+        draw = TorchDraw(None, site.dtype, device or site.device)
+        if not draw.abstract:
+            view.warm(site, at, draw)
+        return draw
+
+    return initialise(model, config, table, draw_of, strict=False)
+
+
 def materialize(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Module:
     """An adapter as PEFT's in-place module: the model's layers are wrapped, its class and methods stay.
 
     The layers have PEFT's layout, names and print, hold the adapter's values as parameters, and call the same pure
-    functions as `fa.functional_call`. As in PEFT the base parameters are frozen, and the newest adapter is the active
-    one; call again with another name for several. `fa.dematerialize` undoes all of it.
+    functions as `fa.functional_call`. As in PEFT the base parameters are frozen, and the newest adapter of a kind (such
+    as LoRA and DoRA) is the active one; call again with another name for several. `fa.dematerialize` undoes all of it.
 
     Args:
         model: the model, changed in place.
@@ -193,8 +209,10 @@ def _place(
             parameter.requires_grad_(False)
     change.set(state.configs, name, adapter.config)
     change.set(root.__dict__, "_adapter_view", state)
+    view = view_of(method_of(adapter.config))
     for _, layer in layers(root):
-        _switch(layer, name, change, activate, inference_mode)
+        if layer.view is view:  # another kind of adapter stays active
+            _switch(layer, name, change, activate, inference_mode)
     for _, wrapper in auxiliaries(root):
         active = wrapper.active_adapters
         wrapper.set_requires_grad(name, activate and not inference_mode)

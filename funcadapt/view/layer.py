@@ -110,8 +110,8 @@ class AdapterLayer(Switches):
         put(self, held.method, self.site, self.get_base_layer(), name, leaves)
         self.adapters[name] = held
         view = self.view
-        for field in view.attributes:
-            getattr(self, field)[name] = getattr(config, field)
+        for attribute, field in view.attributes.items():
+            getattr(self, attribute)[name] = getattr(config, field)
         if view.derived:
             values = held.method.buffers(config)
             for leaf in view.derived:
@@ -134,6 +134,9 @@ class AdapterLayer(Switches):
             p = {**held.method.unpack(held.config, p)}
             if self.site.experts == 1:  # without an expert axis in a checkpoint, see binding.bind
                 p = {leaf: value.unsqueeze(0) for leaf, value in p.items()}
+        for leaf in self.view.frozen:
+            if leaf in p:
+                p[leaf] = p[leaf].reshape(())  # held with one axis, as in PEFT
         derived = self.view.derived
         if derived and p:
             like = next(iter(p.values()))

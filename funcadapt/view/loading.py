@@ -53,7 +53,8 @@ def load_adapter_state_dict(
     for key, value in tensors.items():
         target = to_model.get(key, key)
         target = target if prefixed else target.removeprefix(PREFIX)
-        if target in values:
+        # PEFT itself saves the biases of modules that are saved whole under two names
+        if target in values and (PREFIX + key in tensors or key.removeprefix(PREFIX) in tensors.keys() - {key}):
             raise RuntimeError(f"The state dict has {target!r} twice, with and without the prefix {PREFIX!r}.")
         values[target] = value
     resized = _resized(entries, name, config, held, values)

@@ -180,7 +180,7 @@ class Placing:
     # -- what an adapter holds in full ------------------------------------------------------------------
 
     def is_trained_in_place(self, path: str) -> bool:
-        """Whether what the adapter holds in full of a module is in the module itself: a bias, unless it is saved whole."""
+        """Whether what the adapter holds in full of a module is in the module itself, as biases are."""
         return self._saved_module(path) is None
 
     def _saved_module(self, path: str) -> str | None:
@@ -217,7 +217,7 @@ class Placing:
     def _tokens(self, tokens: Tokens) -> None:
         first: Any = None
         given: dict[str, Any] = {
-            "token_indices": tokens.indices.tolist(),
+            "token_indices": tokens.indices.tolist(),  # pyright: ignore[reportUnknownMemberType]
             "values": {TOKENS: self._own(tokens.rows_of)},
         }
         for module, _ in self.bare.heads[tokens.path]:

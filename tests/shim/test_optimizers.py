@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import funcadapt.peft as shim
 import funcadapt.peft.optimizers as optimizers
 from funcadapt.peft.optimizers.lorafa import LoraFAOptimizer
 from funcadapt.peft.optimizers.pairs import Factors, lora_pairs
@@ -309,20 +310,22 @@ def test_lorafa_takes_the_older_group_and_a_closure() -> None:
 # -- blocks -----------------------------------------------------------------------------------------------------
 
 
-def test_experts_are_preconditioned_one_by_one() -> None:
+@pytest.mark.parametrize("library", [peft, shim])
+def test_experts_are_preconditioned_one_by_one(library: Any) -> None:
     """PEFT's r x r matrix of E experts mixes them; ours is each expert's own."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.up = nn.Parameter(torch.randn(3, 5, 4, dtype=torch.float64))
+            self.num_experts = 3
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.einsum("bi,eoi->beo", x, self.up)
 
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.up"])
-    model = peft.get_peft_model(nn.ModuleDict({"experts": Experts()}), config).double()
+    config = library.LoraConfig(r=2, target_modules=[], target_parameters=["experts.up"])
+    model = library.get_peft_model(nn.ModuleDict({"experts": Experts()}), config).double()
     layer = model.base_model.model["experts"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     nn.init.normal_(b)
@@ -337,6 +340,23 @@ def test_experts_are_preconditioned_one_by_one() -> None:
         want_b = torch.linalg.solve(blocks[0][e] @ blocks[0][e].T + eye, grads[1][e].T).T
         torch.testing.assert_close(a.grad.reshape(3, 2, 4)[e], want_a)
         torch.testing.assert_close(b.grad.reshape(5, 2, 3)[..., e], want_b)
+
+
+def test_a_model_of_the_shim_is_trained_like_one_of_peft() -> None:
+    theirs = peft_model(targets=("embed", "up", "down"))
+    config = shim.LoraConfig(r=4, lora_alpha=6, target_modules=["embed", "up", "down"])
+    ours = shim.get_peft_model(Net(), config)
+    ours.load_state_dict(theirs.state_dict())
+    makes: list[Any] = [
+        lambda lib, m: lib.create_loraplus_optimizer(m, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4.0),
+        lambda lib, m: lib.create_riemannian_optimizer(m, torch.optim.SGD, lr=1e-2),
+        lambda lib, m: lib.create_lorafa_optimizer(m, r=4, lora_alpha=6, lr=1e-2),
+    ]
+    for make in makes:
+        want, got = train(theirs, make(peft.optimizers, theirs)), train(ours, make(optimizers, ours))
+        assert list(got) == list(want)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt._torch import linalg, named_modules, unflatten
+from funcadapt.sites import Site
 
 _FACTOR_A = re.compile(r"(?P<start>(?:.*\.)?lora_(?:embedding_)?)A(?P<end>\.(?P<adapter>[^.]+)(?:\.weight)?)")
 
@@ -48,8 +49,14 @@ def lora_pairs(names: Iterable[str]) -> list[Pair]:
 
 def experts_by_layer(model: nn.Module) -> dict[str, int]:
     """How many experts' factors lie side by side in the A and B of a layer, for those with more than one."""
-    counts: dict[str, Any] = {path: getattr(module, "num_experts", 1) for path, module in named_modules(model)}
-    return {path: count for path, count in counts.items() if isinstance(count, int) and count > 1}
+    return {path: count for path, module in named_modules(model) if (count := _experts(module)) > 1}
+
+
+def _experts(module: Any) -> int:
+    """What a layer says of its factors: the site of one here, `num_experts` of PEFT's `ParamWrapper`."""
+    site = getattr(module, "site", None)
+    count: Any = site.experts if isinstance(site, Site) else getattr(module, "num_experts", 1)
+    return count if isinstance(count, int) else 1
 
 
 class Factors:

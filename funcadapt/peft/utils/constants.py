@@ -46,12 +46,12 @@ def _by_targets(**model_types: str) -> Table:
     return {key: targets.split("__") for targets, keys in model_types.items() for key in keys.split()}
 
 
-_GEMMA4 = {"gemma4": targets.LORA["gemma4"]}
 _MLP = {"gpt2": "mlp.c_proj", "gpt_bigcode": "mlp.c_proj"}
 
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = _lists(targets.LORA)
 TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = _lists(targets.IA3)
 TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = _lists(targets.IA3_FEEDFORWARD)
+TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING = _lists(targets.ADALORA)
 TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING = _like(targets.LORA, vit="query value")
 TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING = _like(targets.LORA)
 TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING = _like(targets.LORA, **_MLP)
@@ -112,21 +112,7 @@ TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING = _by_targets(
     q_proj__k_proj__v_proj__out_proj__fc1__fc2="opt",
     q_proj__k_proj__v_proj__out_proj__fc_in__fc_out="gptj",
 )
-TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING = _GEMMA4 | _by_targets(
-    q__k__v__o__wi__wo="t5",
-    q__k__v__o__wi_0__wi_1__wo="mt5",
-    q_proj__k_proj__v_proj__out_proj__fc1__fc2="bart opt",
-    c_attn="gpt2 gpt_bigcode",
-    query_key_value="bloom gpt_neox",
-    q_proj__v_proj="gptj gpt_neo llama llama4 gemma gemma2 gemma3_text qwen2 qwen3",
-    query__value="bert roberta",
-    query_proj__key_proj__value_proj__dense="deberta-v2",
-    in_proj="deberta",
-    q_proj__k_proj__v_proj__o_proj="nemotron_h",
-)
-TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING = _like(
-    TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING, roberta="query key value dense"
-)
+TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING = _like(targets.ADALORA, roberta="query value")
 
 # Only transformers before 4.54 need an entry.
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Callable[..., Any]] = {}

@@ -218,7 +218,8 @@ def check_inject(folder: Path) -> Any:
     found["meta"] = sorted(name for name, p in other.named_parameters() if p.is_meta)
     result = set_peft_model_state_dict(other, load_peft_weights(str(folder)), low_cpu_mem_usage=True)
     found["set"], found["unexpected"] = other(rows), result.unexpected_keys
-    third = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16), made(), state_dict=weights).eval()
+    third = LoraConfig(r=8, lora_alpha=16, target_modules=["linear", "embedding"])
+    third = inject_adapter_in_model(third, made(), state_dict=weights).eval()
     set_peft_model_state_dict(third, weights)
     found["from keys"] = third(rows)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head"]), third, adapter_name="two")
@@ -248,7 +249,7 @@ def check_custom_models(folder: Path) -> Any:
     found["saved"] = tiny.adapter(folder / "mlp")
     found["loaded"] = PeftModel.from_pretrained(mlp(), folder / "mlp")(x)
     found["merged"] = model.merge_and_unload()(x)
-    found["regex"] = sorted(get_peft_model(mlp(), LoraConfig(target_modules=r".*seq\.\d$")).targeted_module_names)
+    found["regex"] = sorted(get_peft_model(mlp(), LoraConfig(target_modules=r".*seq\.[035]$")).targeted_module_names)
     found["all"] = sorted(get_peft_model(mlp(), LoraConfig(target_modules="all-linear")).targeted_module_names)
     return found
 

@@ -63,6 +63,36 @@ def lora(**changes: Any) -> Any:
     return get_peft_model(llama(), LoraConfig(**{**LORA, **changes}))
 
 
+def _ddp(folder: str) -> None:
+    """What each of two processes does: some steps on its half of the rows."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = lora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for batch in loader:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.gather(loss.detach()[None]).tolist())
+    bare = accelerator.unwrap_model(model)
+    if accelerator.is_main_process:
+        bare.save_pretrained(folder)
+        torch.save((type(model).__name__, losses), Path(folder) / "losses.pt")
+
+
+def check_two_processes(folder: Path) -> Any:
+    from accelerate import debug_launcher
+
+    debug_launcher(_ddp, (str(folder),), num_processes=2)
+    return torch.load(folder / "losses.pt"), tiny.adapter(folder)
+
+
 def check_run(folder: Path) -> Any:
     runner = trainer(folder, lora(lora_dropout=0.1), eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=6)
     result = runner.train()
