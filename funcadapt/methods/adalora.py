@@ -139,7 +139,7 @@ def buffers(config: AdaLoraConfig) -> dict[str, Tensor]:
     """The scaling, and the rank by which it is divided, as 0-d leaves."""
     scaling = config.lora_alpha if config.lora_alpha > 0 else config.init_r
     values = {"scaling": scaling, "ranknum": config.init_r}
-    return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in values.items()}
+    return {name: torch.tensor(float(value), dtype=torch.float64, device="cpu") for name, value in values.items()}
 
 
 def init(site: Site, config: AdaLoraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:

@@ -173,7 +173,7 @@ class LoraConfig(AdapterConfig):
 def buffers(config: LoraConfig) -> dict[str, Tensor]:
     """The scaling as a 0-d leaf: lora_alpha / r, or lora_alpha / sqrt(r)."""
     s = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    return {"scaling": torch.tensor(s, dtype=torch.float64)}  # leaves have their own dtype; this is for all of them
+    return {"scaling": torch.tensor(s, dtype=torch.float64, device="cpu")}  # for leaves of any dtype and device
 
 
 def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:

@@ -66,7 +66,9 @@ def inject_adapter_in_model(
 ) -> _M:
     """Put a new adapter into a model, in place. It becomes the only active one.
 
-    Failure leaves no trace on the model. (PEFT's leaves the config, and layers that it came to: its defect B17.)
+    Failure leaves no trace on the model. (PEFT's leaves the config, and layers that it came to: its defect B17.) A
+    second adapter that trains a module which the first one trains, too (`modules_to_save`, trained rows), acts there at
+    once. (PEFT's does not, nor is it trained, until `set_adapter` is called.)
 
     Args:
         peft_config: its config.

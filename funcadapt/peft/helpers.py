@@ -58,10 +58,10 @@ def update_signature(model: nn.Module, method: str = "all") -> None:
 
 
 def _take_signature(model: Any, name: str, plain: Sequence[set[str]]) -> None:
-    bound = getattr(model, name)
+    bound: Callable[..., Any] = getattr(model, name)
     if set(inspect.signature(bound).parameters.keys()) not in plain:
         return
-    own: Callable[..., Any] = bound.__func__
+    own: Callable[..., Any] = getattr(bound, "__func__")  # noqa: B009
 
     def forwarding(self: Any, *args: Any, **kwargs: Any) -> Any:
         return own(self, *args, **kwargs)

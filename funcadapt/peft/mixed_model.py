@@ -53,7 +53,7 @@ class PeftMixedModel(FilesMixin, nn.Module):
         modules_to_save: the names of the modules that are trained in full, or None.
     """
 
-    base_model: MixedModel  # pyright: ignore[reportIncompatibleVariableOverride]
+    base_model: MixedModel
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
         super().__init__()

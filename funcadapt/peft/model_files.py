@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,6 @@ from funcadapt.peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from funcadapt.peft.settling import as_held
 from funcadapt.peft.subtraction import doubled_config, subtract_initial
 from funcadapt.peft.utils.weights import write_adapter
-
-if TYPE_CHECKING:
-    from funcadapt.peft.tuner import BaseTuner
 
 _HUB = (
     "subfolder",
@@ -40,7 +36,7 @@ class FilesMixin:
     """Reading and writing adapters, for classes that have `base_model`, `peft_config` and `add_adapter`."""
 
     if TYPE_CHECKING:
-        base_model: BaseTuner
+        base_model: Any
         peft_config: Any
         add_adapter: Any
         set_requires_grad: Any
@@ -103,7 +99,8 @@ class FilesMixin:
                 self._write(folder, name, tensors, path_initial_model_for_weight_conversion)
 
     def _write(self, folder: Path, name: str, tensors: dict[str, Tensor], initial: Any) -> None:
-        base, config = self.base_model.model, self.peft_config[name]
+        base: nn.Module = self.base_model.model
+        config: Any = self.peft_config[name]
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path", None) or None
         written: Any = copy.deepcopy(as_held(base, config, name))
@@ -274,56 +271,6 @@ class FilesMixin:
     def _split_kwargs(cls, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         hub = _hub_arguments(kwargs)
         return hub, {name: value for name, value in kwargs.items() if name not in hub}
-
-
-class HubMixin:
-    """Uploading, for classes that have `save_pretrained`."""
-
-    if TYPE_CHECKING:
-        save_pretrained: Any
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Upload the adapters to the Hub, with the model card.
-
-        Args:
-            repo_id: the repository; it is made if need be.
-            commit_message: the commit's message.
-            commit_description: its description.
-            private: whether a new repository is private.
-            token: the token for the Hub.
-            revision: the branch.
-            create_pr: whether to open a pull request.
-            **kwargs: for `save_pretrained`. `max_shard_size` and `tags`, which only matter to models, are dropped.
-
-        Returns:
-            What `HfApi.upload_folder` returns.
-        """
-        from huggingface_hub import HfApi
-
-        options = {name: value for name, value in kwargs.items() if name not in ("max_shard_size", "tags")}
-        api: Any = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options)
-            return api.upload_folder(
-                repo_id=repository,
-                folder_path=folder,
-                commit_message=commit_message or "Upload model",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
 
 
 def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from funcadapt.peft.advice import advise
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.mixing import named_rows
 from funcadapt.peft.settling import settle
-from funcadapt.peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from funcadapt.peft.tuner_merging import MergingMixin
+from funcadapt.peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from funcadapt.peft.weighting import add_weighted_adapter
 from funcadapt.view import state
 from funcadapt.view.classes import family, view_named

@@ -215,11 +215,14 @@ def _place(
             _switch(layer, name, change, activate, inference_mode)
     for _, wrapper in auxiliaries(root):
         active = wrapper.active_adapters
-        wrapper.set_requires_grad(name, activate and not inference_mode)
         if activate and active != [name]:
             change.on_failure(lambda w=wrapper, a=active: w.set_adapter(a))
-            if name in wrapper.available_adapters:
-                wrapper.set_adapter(name, inference_mode=inference_mode)
+            flags = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
+            # the original module acts where the new adapter has nothing
+            wrapper.set_adapter(name if name in wrapper.available_adapters else [])
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        wrapper.set_requires_grad(name, activate and not inference_mode)
     if activate and getattr(adapter.config, "bias", "none") != "none":
         for parameter in trained:
             if parameter is not None:

@@ -15,7 +15,8 @@ from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.merging import merged_parts
 from funcadapt.view.walking import auxiliaries, layers, root_of, unwrapped, view_state
 
-_NARROW = frozenset({torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
+_FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+_NARROW = frozenset({torch.float16, torch.bfloat16, *(getattr(torch, name) for name in _FLOAT8)})
 
 
 def parts(model: nn.Module) -> list[AdapterLayer | AuxiliaryTrainingWrapper]:

@@ -87,6 +87,8 @@ def adapter_state_dict(
 def _stored(own: Own, name: str, config: AdapterConfig, every: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The leaves of one layer, as the method stores them."""
     leaves = {leaf: every[held] for leaf, (_, held) in own.keys.items() if held in every}
+    if not leaves:  # a state dict that is a checkpoint's already, as scripts make it that replace `model.state_dict`
+        return {key: every[key] for key, _ in own.keys.values() if key in every}
     return {own.keys[leaf][0]: value for leaf, value in reduced(own.layer, name, config, leaves).items()}
 
 

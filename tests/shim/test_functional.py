@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("LoraConfig", {"target_modules": ["embed_tokens"], "r": 2}),
     "inference": ("LoraConfig", {**QV, "inference_mode": True}),
     "pattern": ("LoraConfig", {**QV, "rank_pattern": {"layers.0.*q_proj": 3}, "alpha_pattern": {"v_proj": 5}}),
+    "adalora": ("AdaLoraConfig", {"target_modules": ["q_proj", "v_proj"], "init_r": 3, "target_r": 2, "total_step": 9}),
     "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
 }
 
@@ -76,14 +77,8 @@ def test_injection(case: str) -> None:
     "cases",
     [
         ("lora", "lora"),
-        pytest.param(
-            ("lora", "ia3"),
-            marks=pytest.mark.xfail(strict=True, reason="view.inject switches layers of other families off"),
-        ),
-        pytest.param(
-            ("saved", "lora"),
-            marks=pytest.mark.xfail(strict=True, reason="view.inject leaves wrappers of the old adapter on"),
-        ),
+        ("lora", "ia3"),
+        ("saved", "lora"),
         ("lora", "tokens"),
     ],
 )
@@ -378,6 +373,25 @@ def test_adapters_that_are_called_like_modules() -> None:
         found[package] = package.get_peft_model_state_dict(model)
     assert sum("q_proj" in key for key in found[peft]) == 0
     assert sum("q_proj" in key for key in found[shim]) == 4
+
+
+def test_ranks_without_a_peft_model(tmp_path: Path) -> None:
+    """B22: PEFT looks for methods of its tuner on the model."""
+    for package in (peft, shim):
+        model = fill(injected(package, "adalora", "x"))
+        names = [f"model.layers.{i}.self_attn.{part}.lora_E" for i in range(2) for part in ("q_proj", "v_proj")]
+        model.peft_config["x"].rank_pattern = {f"{name}.x": [True, False, True] for name in names}
+        if package is peft:
+            with pytest.raises(AttributeError, match="resize_state_dict_by_rank_pattern"):
+                package.get_peft_model_state_dict(model, adapter_name="x")
+            continue
+        saved = package.get_peft_model_state_dict(model, adapter_name="x")
+        assert {value.shape[0] for key, value in saved.items() if key.endswith("lora_E")} == {2}
+        assert list(model.peft_config["x"].rank_pattern) == names
+        functional.save_pretrained(model, tmp_path, "x")
+    again = functional.from_pretrained(tiny("llama"), tmp_path)
+    same_tensors(package.get_peft_model_state_dict(again), saved)
+    torch.testing.assert_close(output(again), output(peft_load(tiny("llama"), tmp_path)), rtol=1e-4, atol=1e-4)
 
 
 # -- reading weights --------------------------------------------------------------------------------------

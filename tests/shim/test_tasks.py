@@ -14,9 +14,7 @@ from peft_tools import layer_model, logits, tiny, tokens
 from test_peft_model import CONFIGS, make, wrapped
 from torch import nn
 
-import funcadapt as fa
 import funcadapt.peft as shim
-from funcadapt.view import adapter_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::RuntimeWarning")  # PEFT's advice
 
@@ -281,7 +279,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "dare" not in kind])
+@pytest.mark.parametrize("kind", KINDS)
 def test_weighted(kind: str, tmp_path: Any) -> None:
     def scenario(package: Any) -> Any:
         model = package.get_peft_model(tiny("llama"), make(package, "lora"))
@@ -303,23 +301,6 @@ def test_weighted(kind: str, tmp_path: Any) -> None:
         return [*seen, first, second, logits(loaded(**tokens("llama"))).detach()]
 
     same(scenario, tolerance=2e-4)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "dare" in kind])
-def test_weighted_at_random(kind: str) -> None:
-    """Another stream than PEFT's, which draws the new adapter's own init first."""
-    model = shim.get_peft_model(tiny("llama"), make(shim, "lora"))
-    model.add_adapter("second", make(shim, "lora", lora_alpha=3))
-    fill(model).eval()
-    values = [adapter_of(model, name).map(torch.clone) for name in ("default", "second")]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "both", combination_type=kind, **KINDS[kind])
-        torch.manual_seed(2)
-        made = fa.algebra.combine(values, [0.7, -0.4], kind, seed=None, **KINDS[kind])
-    model.set_adapter("both")
-    truth = fa.functional_call(tiny("llama"), made, (), tokens("llama")).logits
-    equal(truth.detach(), logits(model(**tokens("llama"))).detach(), 1e-4)
 
 
 def test_weighted_ia3() -> None:

@@ -151,6 +151,24 @@ def test_saved_values_are_put_in_place() -> None:
         ModulesToSaveWrapper(module, "a", values={"scale": torch.ones(1)})
 
 
+def test_hooks_of_accelerate_are_copied() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Twice(ModelHook):
+        def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+            return output * 2
+
+    bare, module = linear(), linear()
+    add_hook_to_module(module, Twice())
+    wrapper = ModulesToSaveWrapper(module, "a")
+    with torch.no_grad():
+        wrapper.modules_to_save["a"].weight.zero_()
+        wrapper.modules_to_save["a"].bias.fill_(3)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(wrapper(x), torch.full((2, 3), 6.0))
+    torch.testing.assert_close(wrapper.original_module(x), 2 * bare(x))
+
+
 def test_tied_copy_shares_the_weight() -> None:
     table = embedding()
     for lib in (ours, peft_other):

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from peft_tools import attention_truth, config_file, layer_model, logits, same_tensors, tiny, tokens
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import funcadapt as fa
@@ -95,6 +96,12 @@ DORA: dict[str, dict[str, Any]] = {
     "dropout": {"r": 2, "lora_dropout": 0.4},
     "random_rslora": {"r": 4, "use_rslora": True, "init_lora_weights": False},
 }
+ADALORA: dict[str, dict[str, Any]] = {
+    "plain": {"init_r": 3, "target_r": 2, "total_step": 9, "tinit": 1, "tfinal": 1},
+    "alpha": {"init_r": 3, "target_r": 1, "total_step": 4, "lora_alpha": 5, "lora_dropout": 0.3},
+    "random": {"init_r": 2, "target_r": 1, "total_step": 9, "init_lora_weights": False, "lora_alpha": 1},
+    "bias": {"init_r": 3, "target_r": 2, "total_step": 9, "bias": "all"},
+}
 IA3: dict[str, dict[str, Any]] = {
     "output": {"feedforward_modules": []},
     "input": {"feedforward_modules": ["layer"]},
@@ -126,17 +133,27 @@ WHOLE: dict[str, dict[str, dict[str, Any]]] = {
         "saved_two": {"r": 2, "target_modules": QV, "modules_to_save": ["embed_tokens", "norm"]},
         "saved_regex": {"r": 2, "target_modules": QV, "modules_to_save": ["layers.1.mlp"]},
         "tokens": {"r": 2, "target_modules": QV, "trainable_token_indices": [0, 3, 9]},
-        "tokens_of": {"r": 2, "target_modules": QV, "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2, 30]}},
+        "tokens_of": {
+            "r": 2,
+            "target_modules": QV,
+            "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2, 30]},
+        },
         "tokens_saved": {
-            "r": 2, "target_modules": QV, "trainable_token_indices": [5], "modules_to_save": ["lm_head"],
+            "r": 2,
+            "target_modules": QV,
+            "trainable_token_indices": [5],
+            "modules_to_save": ["lm_head"],
         },
         "pissa": {"r": 2, "target_modules": QV, "init_lora_weights": "pissa"},
         "olora": {"r": 2, "target_modules": QV, "init_lora_weights": "olora"},
         "orthogonal": {"r": 2, "target_modules": QV, "init_lora_weights": "orthogonal"},
         "b": {"r": 2, "target_modules": QV, "lora_bias": True},
-        "optimised": {"r": 2, "target_modules": [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qkvo"]
-                      + [f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("up", "down", "gate")]
-                      + [f"model.layers.{i}.self_attn.rotary{n}" for i in (0, 1) for n in range(6)]},
+        "optimised": {
+            "r": 2,
+            "target_modules": [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qkvo"]
+            + [f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("up", "down", "gate")]
+            + [f"model.layers.{i}.self_attn.rotary{n}" for i in (0, 1) for n in range(6)],
+        },
     },
     "llama_tied": {
         "default": {"r": 2},
@@ -195,13 +212,19 @@ WHOLE: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mixtral": {
         "names": {"r": 2, "target_modules": QV},
-        "parameters": {"r": 2, "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "parameters": {
+            "r": 2,
+            "target_modules": [],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
         "one_parameter": {"r": 2, "target_modules": QV, "target_parameters": ["mlp.experts.down_proj"]},
         "router": {"r": 2, "target_modules": QV, "target_parameters": ["gate.weight"]},
     },
 }
 WHOLE_DORA: dict[str, dict[str, dict[str, Any]]] = {
-    "llama": {name: WHOLE["llama"][name] for name in ("default", "all_linear_dropout", "patterns", "embedding", "tokens")},
+    "llama": {
+        name: WHOLE["llama"][name] for name in ("default", "all_linear_dropout", "patterns", "embedding", "tokens")
+    },
     "gpt2": {name: WHOLE["gpt2"][name] for name in ("default", "bias_all", "positions")},
     "bert": {name: WHOLE["bert"][name] for name in ("default", "bias_only")},
     "t5": {name: WHOLE["t5"][name] for name in ("default", "shared")},
@@ -216,10 +239,23 @@ WHOLE_IA3: dict[str, dict[str, dict[str, Any]]] = {
         "random": {"init_ia3_weights": False},
         "saved": {"modules_to_save": ["lm_head"]},
     },
-    "gpt2": {"default": {}, "named": {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}},
+    "gpt2": {
+        "default": {},
+        "named": {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]},
+    },
     "bert": {"default": {}},
     "t5": {"default": {}},
     "opt": {"default": {}},
+}
+WHOLE_ADALORA: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "default": ADALORA["plain"],
+        "all_linear": {**ADALORA["plain"], "target_modules": "all-linear"},
+        "saved": {**ADALORA["plain"], "modules_to_save": ["lm_head"]},
+    },
+    "gpt2": {"default": ADALORA["plain"]},
+    "bert": {"default": {**ADALORA["plain"], "lora_dropout": 0.2}, "bias": ADALORA["bias"]},
+    "opt": {"default": ADALORA["plain"]},
 }
 
 
@@ -234,6 +270,8 @@ def _pairs() -> Iterator[Pair]:
         yield Pair(kind, "bf16", "lora", {"r": 2}, torch.bfloat16)
         yield Pair(kind, "bf16_narrow", "lora", {"r": 2}, torch.bfloat16, autocast=False)
     for kind in PRODUCTS:
+        for name, fields in ADALORA.items():
+            yield Pair(kind, name, "adalora", fields)
         for name, fields in INITS.items():
             if (kind, name) != ("hf_conv1d", "olora"):  # B15
                 yield Pair(kind, name, "lora", fields)
@@ -243,7 +281,7 @@ def _pairs() -> Iterator[Pair]:
     for kind in (*PRODUCTS, "conv2d", "conv2d_1x1", "conv2d_grouped", "conv3d"):
         for name, fields in IA3.items():
             yield Pair(kind, name, "ia3", fields)
-    for method, table in (("lora", WHOLE), ("dora", WHOLE_DORA), ("ia3", WHOLE_IA3)):
+    for method, table in (("lora", WHOLE), ("dora", WHOLE_DORA), ("ia3", WHOLE_IA3), ("adalora", WHOLE_ADALORA)):
         for model, named in table.items():
             for name, fields in named.items():
                 yield Pair(model, name, method, fields)
@@ -258,7 +296,7 @@ def _pairs() -> Iterator[Pair]:
 PAIRS = list(_pairs())
 
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4 * 2**-7}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 8 * 2**-7}
 
 # -- twins ------------------------------------------------------------------------------------------------
 
@@ -344,14 +382,18 @@ def flags(model: nn.Module) -> list[tuple[str, bool]]:
     return [(name, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
 
 
+def ordered_flags(model: nn.Module) -> list[tuple[str, bool]]:
+    """In an order of their own: a forward pass of PEFT's parametrisations changes that of a module's parameters."""
+    return sorted(flags(model))
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def surface(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What the layers say about their adapters."""
-    names = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias", "active_adapters", "merged_adapters")
-    names += ("in_features", "out_features")
+    names = ("r", "lora_alpha", "scaling", "active_adapters", "merged_adapters", "in_features", "out_features")
     found = {path: m for path, m in model.named_modules() if hasattr(m, "adapter_layer_names") and hasattr(m, "merged")}
     return {path: {name: getattr(m, name, None) for name in names} for path, m in found.items()}
 
@@ -425,15 +467,19 @@ def same_checkpoint(twins: Twins, folder: Path) -> None:
     """The same config and the same tensors under the same keys, and each reads what the other wrote."""
     twins.ours.load_state_dict(twins.theirs.state_dict())  # training has rounded
     before = state(twins.theirs)
-    saved = [{k: v.clone() for k, v in lib.get_peft_model_state_dict(model).items()} for lib, model in zip(LIBRARIES, (twins.theirs, twins.ours), strict=True)]
+    saved = [
+        {k: v.clone() for k, v in lib.get_peft_model_state_dict(model).items()}
+        for lib, model in zip(LIBRARIES, (twins.theirs, twins.ours), strict=True)
+    ]
     same_tensors(*saved)
     twins.randomise(seed=9)
     first = peft.set_peft_model_state_dict(twins.theirs, saved[1])
     second = shim.set_peft_model_state_dict(twins.ours, saved[0])
     assert sorted(first.missing_keys) == sorted(second.missing_keys)
     assert first.unexpected_keys == second.unexpected_keys == []
-    for model in (twins.theirs, twins.ours):
-        same_tensors(state(model), before)
+    same_tensors(*twins.both(state))
+    if twins.pair.method != "adalora":  # what it has pruned is not in a checkpoint
+        same_tensors(state(twins.ours), before)
     twins.theirs.peft_config["default"].save_pretrained(folder / "theirs")
     twins.ours.peft_config["default"].save_pretrained(folder / "ours")
     files = [config_file(folder / name) for name in ("theirs", "ours")]
@@ -476,8 +522,7 @@ def same_switches(twins: Twins) -> None:
 def same_without(twins: Twins) -> None:
     """After the adapter was deleted, the layers are as empty as PEFT's, and the model computes what it did without."""
     twins.both(lambda model: model.delete_adapter("default"))
-    # PEFT's parametrisations have changed the order in which modules have their parameters
-    for view in (lambda model: sorted(model.state_dict()), lambda model: sorted(flags(model)), repr):
+    for view in (lambda model: sorted(model.state_dict()), ordered_flags, repr):
         theirs, ours = twins.both(view)
         assert theirs == ours
     # PEFT leaves trained biases in the model, and the rounding errors of unmerging
@@ -501,10 +546,12 @@ def test_pair(pair: Pair, tmp_path: Path) -> None:
 REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("embedding", "lora", {"lora_bias": True}),
     ("embedding", "ia3", {"feedforward_modules": ["layer"]}),
-    *((kind, "lora", {"r": 2, "init_lora_weights": how}) for kind in ("conv1d", "conv2d", "conv3d", "experts") for how in INITS),
-    *(("mha", "lora", {"r": 2, "init_lora_weights": how}) for how in INITS),
+    *(
+        (kind, "lora", {"r": 2, "init_lora_weights": how})
+        for kind in ("conv1d", "conv2d", "conv3d", "experts")
+        for how in INITS
+    ),
     *((kind, "lora", {"lora_dropout": 0.1}) for kind in PARAMETERS),
-    *((kind, "lora", {"lora_bias": True}) for kind in PARAMETERS),
     *(("linear", "lora", {"r": r}) for r in (0, -1)),
     ("linear", "lora", {"lora_bias": True, "init_lora_weights": "pissa"}),
     ("linear", "dora", {"lora_bias": True}),
@@ -519,9 +566,8 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("linear", "lora", {"target_modules": ["inner"]}),
     ("linear", "lora", {"trainable_token_indices": {"no_such": [1]}}),
     ("linear", "ia3", {"feedforward_modules": ["no_such"]}),
-    ("mixtral", "lora", {}),
     ("llama", "lora", {"target_modules": ["norm"]}),
-    ("llama", "lora", {"target_modules": QV, "modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]}),
+    ("llama", "lora", {"modules_to_save": ["embed_tokens"], "trainable_token_indices": {"embed_tokens": [1]}}),
     ("llama", "ia3", {"target_modules": ["q_proj"], "feedforward_modules": ["k_proj"]}),
 ]
 
@@ -541,6 +587,8 @@ def test_refused(model: str, method: str, fields: dict[str, Any]) -> None:
     assert (flags(copied), [*copied.modules()]) == before[1:3]
     assert copied.__dict__.keys() == before[3]
     kind = type(errors[0])
+    if kind is AttributeError:  # PEFT looks for a weight that is not there
+        kind = ValueError
     assert isinstance(errors[1], getattr(shim.utils, kind.__name__) if kind.__module__.startswith("peft.") else kind)
 
 
@@ -570,7 +618,7 @@ SEVERAL: list[tuple[str, tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]
 @pytest.mark.parametrize(("model", "first", "second"), SEVERAL)
 def test_two_adapters(model: str, first: tuple[str, Any], second: tuple[str, Any]) -> None:
     twins = Twins(Pair(model, "first", *first))
-    nests = first[0] == second[0] == "dora"  # in ours, so that the forward equals the merged layer
+    nests = second[0] == "dora"  # in ours, around the first, so that the forward equals the merged layer
 
     def add(which: int) -> None:
         torch.manual_seed(4)
@@ -585,8 +633,13 @@ def test_two_adapters(model: str, first: tuple[str, Any], second: tuple[str, Any
     twins.both(lambda m: m.eval())
     outputs: dict[str, Tensor] = {}
     for name, active in (("default", "default"), ("other", "other"), ("both", ["default", "other"])):
+        if name == "both" and _exclude_each_other(first[1], second[1]):
+            for m in (twins.theirs, twins.ours):
+                with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+                    m.base_model.set_adapter(active)
+            return
         twins.both(lambda m, active=active: m.base_model.set_adapter(active))
-        for view in (flags, surface, lambda m: m.active_adapters):
+        for view in (ordered_flags, surface, lambda m: m.active_adapters):
             theirs, ours = twins.both(view)
             assert theirs == ours
         theirs, outputs[name] = twins.both()
@@ -601,26 +654,35 @@ def test_two_adapters(model: str, first: tuple[str, Any], second: tuple[str, Any
                 twins.ours.merge_adapter(adapter_names=names)
             break
         twins.ours.merge_adapter(adapter_names=names)
-        if not _saves_modules(first, second):  # which of their copies acts is not a question of merging
+        if names is None or model in LAYERS:  # elsewhere one that is not merged goes on acting where the other is not
             twins.close(outputs[truth], twins.run(twins.ours))
-        twins.close(*twins.both())
+        if not nests:
+            twins.close(*twins.both())
         assert twins.both(surface)[0] == twins.both(surface)[1]
         twins.both(lambda m: m.unmerge_adapter())
         same_tensors(state(twins.ours), kept)
-    twins.theirs.load_state_dict(kept)
+        twins.theirs.load_state_dict(kept)
     for name in ("default", "other"):
-        same_tensors(*(lib.get_peft_model_state_dict(m, adapter_name=name) for lib, m in zip(LIBRARIES, (twins.theirs, twins.ours), strict=True)))
+        same_tensors(
+            *(
+                lib.get_peft_model_state_dict(m, adapter_name=name)
+                for lib, m in zip(LIBRARIES, (twins.theirs, twins.ours), strict=True)
+            )
+        )
     twins.both(lambda m: m.delete_adapter("default"))
-    for view in (flags, repr, surface, lambda m: m.active_adapters):
+    for view in (ordered_flags, repr, surface, lambda m: m.active_adapters):
         theirs, ours = twins.both(view)
         assert theirs == ours
-    same_tensors(*twins.both(state))
-    twins.close(*twins.both())
-    assert torch.equal(twins.run(twins.ours), outputs["other"])
+    if "bias" not in first[1]:  # PEFT leaves trained biases behind
+        same_tensors(*twins.both(state))
+        twins.close(*twins.both())
+        assert torch.equal(twins.run(twins.ours), outputs["other"])
 
 
-def _saves_modules(*configs: tuple[str, dict[str, Any]]) -> bool:
-    return any("modules_to_save" in fields for _, fields in configs)
+def _exclude_each_other(*fields: dict[str, Any]) -> bool:
+    return all(f.get("trainable_token_indices") for f in fields) or all(
+        "lm_head" in f.get("modules_to_save", ()) for f in fields
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "hf_conv1d", "llama"])
@@ -633,7 +695,9 @@ def test_one_kind_of_adapter_over_another(kind: str) -> None:
         model = copy.deepcopy(base).double()
         torch.manual_seed(3)
         library.inject_adapter_in_model(config_of(library, "lora", {"r": 2, **fields}), model, "low")
-        library.inject_adapter_in_model(config_of(library, "ia3", {"feedforward_modules": [], **fields}), model, "scale")
+        library.inject_adapter_in_model(
+            config_of(library, "ia3", {"feedforward_modules": [], **fields}), model, "scale"
+        )
         models.append(model)
     theirs, ours = models
     same_tensors(state(theirs), state(ours))
@@ -665,6 +729,86 @@ def test_one_kind_of_adapter_over_another(kind: str) -> None:
         same_tensors(*saved)
 
 
+@pytest.mark.parametrize("alpha", [-1, 3])
+def test_adalora_keeps_its_scaling_when_ranks_are_cut(alpha: float) -> None:
+    """With `lora_alpha <= 0` the scaling is the initial rank. When PEFT cuts ranks, it becomes the rank that is left."""
+    twins = Twins(Pair("linear", "cut", "adalora", {"init_r": 4, "target_r": 1, "total_step": 9, "lora_alpha": alpha}))
+    twins.widen()
+    twins.randomise()
+    for model in (twins.theirs, twins.ours):
+        next(p for name, p in model.named_parameters() if "lora_E" in name).data[1::2] = 0
+    before = twins.both()
+    twins.close(*before)
+    for library, model in zip(LIBRARIES, (twins.theirs, twins.ours), strict=True):
+        model.peft_config["default"].rank_pattern = {"inner.layer.lora_E": [True, False, True, False]}
+        library.set_peft_model_state_dict(model, library.get_peft_model_state_dict(model))
+    theirs, ours = twins.both()
+    twins.close(before[1], ours)
+    assert torch.allclose(theirs, before[0]) == (alpha > 0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear_no_bias", "hf_conv1d"])
+def test_mixed_model(kind: str) -> None:
+    """LoRA and AdaLoRA, both active."""
+    base, inputs, target = _original(kind)
+    models: list[Any] = []
+    for library in LIBRARIES:
+        torch.manual_seed(3)
+        config = config_of(library, "lora", {**LORA["plain"], **target})
+        model = library.get_peft_model(copy.deepcopy(base), config, mixed=True)
+        model.add_adapter("other", config_of(library, "adalora", {**ADALORA["random"], **target}))
+        model.set_adapter(["default", "other"])
+        models.append(model.double().eval())
+    theirs, ours = models
+    same_tensors(state(theirs), state(ours))
+    for view in (flags, repr, surface):
+        assert view(theirs) == view(ours)
+    for model in models:
+        generator = torch.Generator().manual_seed(5)
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    x = inputs["x"].double()
+    active = ours(x)
+    torch.testing.assert_close(theirs(x), active)
+    for model in models:
+        model.set_adapter("other")
+    torch.testing.assert_close(theirs(x), ours(x))
+    for model in models:
+        model.set_adapter(["default", "other"])
+    assert flags(theirs) == flags(ours)
+    torch.testing.assert_close(ours.merge_and_unload()(x), active)
+    torch.testing.assert_close(theirs.merge_and_unload()(x), active)
+
+
+# -- files ------------------------------------------------------------------------------------------------
+
+FILES = ("linear-lora-b", "conv2d-dora-plain", "linear-ia3-input", "linear-adalora-plain", "experts-lora-rslora",
+         "llama-lora-saved_two", "llama-lora-tokens", "llama-lora-patterns", "gpt2-lora-bias_all", "mixtral-lora-parameters",
+         "embedding-lora-bf16")  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if str(pair) in FILES], ids=str)
+def test_files(pair: Pair, tmp_path: Path) -> None:
+    """A folder that one has written makes the same model in the other."""
+    twins = Twins(pair)
+    twins.randomise()
+    twins.theirs.eval(), twins.ours.eval()
+    base = _original(pair.model)[0]
+    for writer, model in (("theirs", twins.theirs), ("ours", twins.ours)):
+        model.save_pretrained(tmp_path / writer)
+        expected = twins.run(twins.ours)
+        for library in LIBRARIES:
+            read = library.PeftModel.from_pretrained(
+                copy.deepcopy(base).to(pair.dtype), tmp_path / writer, autocast_adapter_dtype=pair.autocast
+            )
+            twins.close(expected, twins.run(read.eval()))
+            same_tensors(state(read), state(model))
+    saved = [load_file(tmp_path / writer / "adapter_model.safetensors") for writer in ("theirs", "ours")]
+    same_tensors(*saved)
+    assert config_file(tmp_path / "theirs") == config_file(tmp_path / "ours")
+
+
 # -- attention --------------------------------------------------------------------------------------------
 
 
@@ -680,7 +824,11 @@ def test_attention(name: str) -> None:
     twins.theirs.load_state_dict(twins.ours.state_dict())
     bare = copy.deepcopy(_original("mha")[0]).double()
     for bias in ("attn.in_proj_bias", "attn.out_proj.bias"):  # those that were trained
-        held = next(t for key, t in state(twins.ours).items() if key.endswith(bias.rpartition(".")[2]) and ("out_proj" in key) == ("out_proj" in bias))
+        held = next(
+            t
+            for key, t in state(twins.ours).items()
+            if key.endswith(bias.rpartition(".")[2]) and ("out_proj" in key) == ("out_proj" in bias)
+        )
         bare.get_parameter(bias).data = held
     x = twins.inputs["x"].double()
     truth = attention_truth(bare, adapter_of(twins.ours, "default"), x)
@@ -689,7 +837,9 @@ def test_attention(name: str) -> None:
     twins.ours.merge_adapter()
     torch.testing.assert_close(twins.run(twins.ours), truth)
     twins.ours.unmerge_adapter()
-    same_tensors(*[lib.get_peft_model_state_dict(m) for lib, m in zip(LIBRARIES, (twins.theirs, twins.ours), strict=True)])
+    same_tensors(
+        *[lib.get_peft_model_state_dict(m) for lib, m in zip(LIBRARIES, (twins.theirs, twins.ours), strict=True)]
+    )
 
 
 def test_there_are_enough() -> None:

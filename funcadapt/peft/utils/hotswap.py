@@ -149,7 +149,8 @@ def _addresses(own: Own, name: str) -> Any:
 
 
 def _planned(own: Own, name: str, given: Mapping[str, Tensor], config: Any) -> _Change:
-    layer, held, old = own.layer, own.layer.adapters[name], _current(own, name)
+    layer, old = own.layer, _current(own, name)
+    now: Any = layer.adapters[name].config
     new = {leaf: given[own.keys[leaf][1]].to(t) for leaf, t in old.items() if own.keys[leaf][1] in given}
     if new and _MAGNITUDE in old and _MAGNITUDE not in new:
         raise RuntimeError(f"Hot swapping the adapter did not succeed: {own.keys[_MAGNITUDE][1]} is missing.")
@@ -158,15 +159,14 @@ def _planned(own: Own, name: str, given: Mapping[str, Tensor], config: Any) -> _
         raise RuntimeError(f"Hot swapping the adapter did not succeed: {', '.join(missing)} is missing.")
     if not new and _MAGNITUDE in old:
         p = layer.leaves(name)
-        weight = Layer(layer.site, layer.get_base_layer(), held.config).weight
+        weight = Layer(layer.site, layer.get_base_layer(), now).weight
         zero = torch.zeros_like(p["lora_A"]), torch.zeros_like(p["lora_B"]), p["scaling"]
         new[_MAGNITUDE] = row_norm(weight, *zero).to(old[_MAGNITUDE]).view_as(old[_MAGNITUDE])
     whole = {leaf: new[leaf] if leaf in new else torch.zeros_like(t) for leaf, t in old.items()}
-    rank_now = held.config.r
-    rank = config.r if any(leaf in given for _, leaf in own.keys.values()) else rank_now
-    final = max(rank, rank_now)
+    rank: int = config.r if any(key in given for _, key in own.keys.values()) else now.r
+    final = max(rank, now.r)
     fitted = _with_rank(layer, name, dataclasses.replace(config, r=rank), whole, final)
-    expected = _with_rank(layer, name, held.config, old, final)
+    expected = _with_rank(layer, name, now, old, final)
     for leaf, tensor in fitted.items():
         if tensor.shape != expected[leaf].shape:
             raise ValueError(
@@ -313,7 +313,8 @@ def prepare_model_for_compiled_hotswap(
         for name in layer.adapters:
             layer.leaves(name)  # what it remembers, it remembers before it is compiled
     if target_rank is not None and config:
-        for each in config.values() if isinstance(config, dict) else [config]:  # pyright: ignore
+        configs: list[Any] = list(config.values()) if isinstance(config, dict) else [config]  # pyright: ignore
+        for each in configs:
             each.r = target_rank
             each.rank_pattern = dict.fromkeys(each.rank_pattern or (), target_rank)
 

@@ -13,9 +13,8 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ HERE = Path(__file__).parent
 LOGGERS = ("accelerate", "diffusers", "peft", "transformers", "trl")
 
 
-def run(module: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """Every check of a module on both packages, each in a process of its own, both at once.
+def run(modules: Sequence[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """Every check of some modules on both packages, each package in a process of its own, both at once.
 
     A check is a function `check_...(folder)` that returns nested values, or `defect_...(folder)`, which returns what
     the package gives, "got", and what is true, "truth", where PEFT is known to be wrong.
@@ -35,26 +34,31 @@ def run(module: str, folder: Path) -> dict[str, dict[str, Any]]:
     """
     paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    same = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **quiet, **same, "PYTHONPATH": os.pathsep.join(paths)}
     processes = {}
     for package in ("peft", "shim"):
         (folder / package).mkdir(parents=True)
-        command = [sys.executable, str(HERE / "driving.py"), package, module, str(folder / package)]
+        command = [sys.executable, str(HERE / "driving.py"), package, str(folder / package), *modules]
         with (folder / f"{package}.txt").open("w") as text:
             processes[package] = subprocess.Popen(command, env=environment, stdout=text, stderr=text)
     found = {}
     for package, process in processes.items():
         if process.wait(timeout=600) != 0:
-            raise RuntimeError(f"{module} on {package}:\n{(folder / f'{package}.txt').read_text()[-4000:]}")
+            raise RuntimeError(f"{modules} on {package}:\n{(folder / f'{package}.txt').read_text()[-4000:]}")
         found[package] = torch.load(folder / package / "found.pt", weights_only=False)
     return found
 
 
-def checks(module: ModuleType) -> dict[str, Callable[[Path], Any]]:
-    """The checks of a module, in the order of its source."""
-    found = inspect.getmembers(module, inspect.isfunction)
-    own = [(name, f) for name, f in found if name.startswith(("check_", "defect_")) and f.__module__ == module.__name__]
-    return dict(sorted(own, key=lambda item: item[1].__code__.co_firstlineno))
+def checks(modules: Sequence[str]) -> dict[str, Callable[[Path], Any]]:
+    """The checks of some modules, in the order of their sources, by "module.name"."""
+    found: dict[str, Callable[[Path], Any]] = {}
+    for module in modules:
+        functions = inspect.getmembers(importlib.import_module(module), inspect.isfunction)
+        own = [f for name, f in functions if name.startswith(("check_", "defect_")) and f.__module__ == module]
+        own.sort(key=lambda f: f.__code__.co_firstlineno)
+        found |= {f"{module.removeprefix('on_')}.{f.__name__}": f for f in own}
+    return found
 
 
 class _Records(logging.Handler):
@@ -102,12 +106,12 @@ def _observe(check: Callable[[Path], Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def main(package: str, module: str, folder: str) -> None:
+def main(package: str, folder: str, *modules: str) -> None:
     """What the processes do."""
     torch.set_num_threads(1)
     if package == "shim":
         importlib.import_module("funcadapt.peft").as_peft()
-    found = {name: _observe(check, Path(folder) / name) for name, check in checks(importlib.import_module(module)).items()}
+    found = {name: _observe(check, Path(folder) / name) for name, check in checks(modules).items()}
     real = "site-packages/peft/" in str(importlib.import_module("peft").__file__)
     if real != (package == "peft"):
         raise RuntimeError(f"Wanted {package}, and `import peft` gave {sys.modules['peft'].__file__}.")

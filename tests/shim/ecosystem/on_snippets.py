@@ -89,7 +89,8 @@ def check_adalora(folder: Path) -> Any:
     model = get_peft_model(llama(), config).train()
     found: dict[str, Any] = {"print": printed(model.print_trainable_parameters)}
     found["losses"] = steps(model, 8, model.base_model.update_and_allocate)
-    found["pattern"] = model.peft_config["default"].rank_pattern
+    pattern = model.peft_config["default"].rank_pattern
+    found["pattern"] = {key.removesuffix(".default"): kept for key, kept in pattern.items()}  # saving drops the suffix
     model.eval().save_pretrained(folder / "adalora")
     found["out"], found["saved"] = out(model), tiny.adapter(folder / "adalora")
     found["loaded"] = out(PeftModel.from_pretrained(llama(), folder / "adalora"))

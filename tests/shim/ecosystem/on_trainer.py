@@ -10,7 +10,6 @@ import torch
 from tiny import ids, llama
 from torch import Tensor
 
-ROUGH = {"check_parts": 2e-4, "check_gradient_checkpointing": 2e-4}  # norms of gradients of float32
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 

@@ -10,7 +10,6 @@ from on_trainer import curve
 from tiny import llama
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-ROUGH = {"check_sft_of_a_peft_model": 5e-3}  # it computes in bfloat16
 FIELDS = {
     "per_device_train_batch_size": 4,
     "max_steps": 4,
