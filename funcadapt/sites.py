@@ -23,7 +23,7 @@ class Site:
             packed in-projection of `nn.MultiheadAttention`), "parameter" (2-D) or "experts" (3-D).
         shape: the canonical weight's shape, (out, in, *kernel), of one expert if there are several.
         dtype: the dtype of the weight, or float32 where it is quantised.
-        device: the device of the weight.
+        device: where the layer computes, see `device_of`.
         owner: path of the module that holds the weight.
         parameter: the weight's name in that module.
         bias: the bias's name in that module, or "".
@@ -182,7 +182,7 @@ def describe_module(path: str, module: nn.Module, method: str = "an adapter") ->
             kind,
             tuple(shape),
             _floating(m.weight),
-            m.weight.device,
+            device_of(m, m.weight),
             owner=path,
             bias="bias" if getattr(m, "bias", None) is not None else "",
             transposed=transposed,
@@ -221,13 +221,30 @@ def describe_parameter(owner: str, module: nn.Module, name: str) -> Site:
         kind,
         (columns, rows) if transposed else (rows, columns),
         _floating(weight),
-        weight.device,
+        device_of(module, weight),
         owner=owner,
         parameter=name,
         bias=bias,
         transposed=transposed,
         experts=weight.shape[0] if weight.ndim == 3 else 0,
     )
+
+
+def device_of(module: nn.Module, weight: Tensor) -> torch.device:
+    """Where a layer computes: where its weight is or, if accelerate has offloaded it, where a call brings it.
+
+    Args:
+        module: the layer.
+        weight: its weight.
+
+    Returns:
+        The device.
+    """
+    if weight.is_meta and (hook := getattr(module, "_hf_hook", None)) is not None:
+        for one in getattr(hook, "hooks", (hook,)):
+            if (where := getattr(one, "execution_device", None)) is not None:
+                return torch.device(where)
+    return weight.device
 
 
 def _floating(weight: Tensor) -> torch.dtype:

@@ -221,8 +221,8 @@ def pack(p: Leaf) -> Leaf:
 
 def unpack(config: AdaLoraConfig, p: Leaf) -> Leaf:
     """The inverse of `pack`."""
-    unpacked = lora.unpack(lora.LoraConfig(r=config.init_r), p)
-    return p if unpacked is p else {**unpacked, "lora_E": p["lora_E"].reshape(-1, config.init_r, 1)}
+    found = lora.unpacked(config.init_r, p)
+    return p if found is p else {**found, "lora_E": p["lora_E"].reshape(-1, config.init_r, 1)}
 
 
 def check(config: AdaLoraConfig, path: str, p: Leaf) -> None:

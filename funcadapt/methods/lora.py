@@ -443,7 +443,12 @@ def pack(p: Leaf) -> Leaf:
 
 def unpack(config: LoraConfig, p: Leaf) -> Leaf:
     """The inverse of `pack`: (experts, r, in) and (experts, out, r); one expert stays 2-D."""
-    a, b, r = p["lora_A"], p["lora_B"], config.r
+    return unpacked(config.r, p)
+
+
+def unpacked(r: int, p: Leaf) -> Leaf:
+    """`unpack`, given the rank."""
+    a, b = p["lora_A"], p["lora_B"]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] == r:
         return p
     per_expert = torch.einsum("ore->eor", b.reshape(b.shape[0], r, -1)).contiguous()

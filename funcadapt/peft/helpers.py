@@ -66,7 +66,8 @@ def _take_signature(model: Any, name: str, plain: Sequence[set[str]]) -> None:
     def forwarding(self: Any, *args: Any, **kwargs: Any) -> Any:
         return own(self, *args, **kwargs)
 
-    theirs = getattr(type(model.get_base_model()), name)
+    base: nn.Module = model.get_base_model()
+    theirs: Callable[..., Any] = getattr(type(base), name)
     functools.update_wrapper(forwarding, theirs, assigned=("__doc__", "__name__", "__annotations__"))
     setattr(model, name, types.MethodType(forwarding, model))
 

@@ -98,7 +98,9 @@ class FilesMixin:
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
                 self._write(folder, name, tensors, path_initial_model_for_weight_conversion)
 
-    def _write(self, folder: Path, name: str, tensors: dict[str, Tensor], initial: Any) -> None:
+    def _write(
+        self, folder: Path, name: str, tensors: dict[str, Tensor], initial: str | os.PathLike[str] | None
+    ) -> None:
         base: nn.Module = self.base_model.model
         config: Any = self.peft_config[name]
         if config.base_model_name_or_path is None:

@@ -50,7 +50,9 @@ class MergingMixin:
             The model.
         """
         self._check_merge_allowed()
-        return self._unload(merge_first=True, safe_merge=safe_merge, names=adapter_names)
+        model = self._unload(merge_first=True, safe_merge=safe_merge, names=adapter_names)
+        _settle_ties(model)
+        return model
 
     def unload(self) -> nn.Module:
         """The model without its adapters."""
@@ -86,3 +88,20 @@ class MergingMixin:
         if hasattr(config, "to_dict"):
             return config.to_dict()
         return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # pyright: ignore
+
+
+def _settle_ties(model: Any) -> None:
+    """An embedding and a head that merging made different are saved and loaded as two; PEFT's merge changes both."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", None) is not True or not hasattr(model, "get_output_embeddings"):
+        return
+    weights = [
+        getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    if all(weight is not None for weight in weights) and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False
+        warnings.warn(
+            "Input and output embeddings are no longer tied after merging. Setting `tie_word_embeddings=False` in the "
+            "model config.",
+            stacklevel=4,
+        )

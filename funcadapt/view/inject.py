@@ -161,10 +161,9 @@ def materialize(model: nn.Module, adapter: Adapter, name: str = "default") -> nn
         raise TypeError(f"materialize: expected an Adapter, got {type(adapter).__name__}.")
     if adapter.members is not None:
         raise AdapterError("materialize: a stack is no single adapter. Materialise each of fa.unstack(stack) by name.")
-    described = method_of(adapter.config).describe(adapter.config, {p: adapter.leaves(p) for p in adapter.params})
     state = _prepare(model, name)
     with Transaction() as change:
-        _place(model, adapter.replace(config=described), name, state, change, copy=True)
+        _place(model, adapter, name, state, change, copy=True)
     return model
 
 
@@ -196,6 +195,8 @@ def _place(
         bound = bind(root, [("", adapter, None)], state_of(root))
         if copy:  # a value from elsewhere; what was just made fits
             check_shapes(bound)
+            leaves = {path: adapter.leaves(path) for path in adapter.params}
+            adapter = adapter.replace(config=method_of(adapter.config).describe(adapter.config, leaves))
         found = Bare(root, bound)
         parameters = dict(root.named_parameters(remove_duplicate=False))
     if not state.configs:

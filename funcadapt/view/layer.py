@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from funcadapt._torch import is_compiling
@@ -104,7 +105,8 @@ class AdapterLayer(Switches):
         Args:
             name: its name.
             config: its config at this site.
-            leaves: its leaves in the shapes of a checkpoint; they become parameters without a copy.
+            leaves: its leaves in the shapes of a checkpoint; they become parameters without a copy. A 0-d one that is
+                a number of the layer wins over the config, where they differ.
         """
         held = Held(config)
         put(self, held.method, self.site, self.get_base_layer(), name, leaves)
@@ -115,7 +117,10 @@ class AdapterLayer(Switches):
         if view.derived:
             values = held.method.buffers(config)
             for leaf in view.derived:
-                getattr(self, leaf)[name] = values[leaf].item()
+                number, given = values[leaf], leaves.get(leaf)
+                if given is not None and not given.is_meta and not torch.equal(number.to(given.dtype), given.cpu()):
+                    number = given
+                getattr(self, leaf)[name] = number.item()
         if view.dropout:
             self._modules[view.dropout]._modules[name] = dropout_module(getattr(config, view.dropout))  # pyright: ignore
 

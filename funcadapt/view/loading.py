@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
 from funcadapt.keys import PREFIX
+from funcadapt.sites import device_of
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
 from funcadapt.view.entries import Entries, above, config_of, reduced, without_name
 from funcadapt.view.layer import AdapterLayer
@@ -199,7 +200,9 @@ def _split_like(held: Any, value: Tensor) -> Tensor:
 
 def _move_to_base(layer: AdapterLayer, name: str) -> None:
     """The tensors of an adapter to the device and floating dtype of the base weight, unless they are on meta."""
-    like: Tensor = getattr(layer.get_base_layer(), layer.site.parameter)
+    base = layer.get_base_layer()
+    like: Tensor = getattr(base, layer.site.parameter)
+    device = device_of(base, like)
     for container in layer.adapter_layer_names:
         held: Any = layer._modules[container]
         if name not in held:
@@ -208,4 +211,4 @@ def _move_to_base(layer: AdapterLayer, name: str) -> None:
         for tensor in [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]:
             if not tensor.is_meta:
                 dtype = like.dtype if tensor.is_floating_point() and like.is_floating_point() else None
-                tensor.data = tensor.data.to(device=like.device, dtype=dtype)
+                tensor.data = tensor.data.to(device=device, dtype=dtype)

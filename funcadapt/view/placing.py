@@ -165,7 +165,8 @@ class Placing:
         if site.kind in ("parameter", "experts"):
             own = method.pack(own)
         view = view_of(method)
-        own = {**own, **{leaf: frozen[leaf] for leaf in view.buffers | view.frozen if leaf in frozen}}
+        others = view.buffers | view.frozen | set(view.derived if self.copy else ())  # a new one is what its config says
+        own = {**own, **{leaf: frozen[leaf] for leaf in others if leaf in frozen}}
         return {leaf: self._own(t) for leaf, t in own.items()}
 
     def _own(self, tensor: Tensor) -> Tensor:

@@ -266,6 +266,51 @@ def test_gradient_checkpointing_gets_gradients() -> None:
     assert len(found) == 8
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_is_untied_by_merging(target: str, tmp_path: Any) -> None:
+    """PEFT adds the update to the one weight, and so to the other layer, too."""
+
+    def scenario(package: Any) -> Any:
+        config = package.LoraConfig(r=2, target_modules=[target])
+        model = fill(package.get_peft_model(tiny("llama_tied"), config)).eval()
+        before = logits(model(**tokens("llama"))).detach()
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path / package.__name__)
+        again = type(merged).from_pretrained(tmp_path / package.__name__).eval()
+        return before, logits(merged(**tokens("llama"))).detach(), logits(again(**tokens("llama"))).detach()
+
+    theirs, ours = on_both(scenario)
+    assert ours.error is None, ours.error
+    equal(theirs.value[0], ours.value[0])
+    equal(ours.value[0], ours.value[1], 1e-4)
+    equal(ours.value[0], ours.value[2], 1e-4)
+    assert not torch.allclose(theirs.value[0], theirs.value[1], atol=1e-2)
+
+
+def test_names_that_look_like_parts_of_adapters() -> None:
+    """PEFT passes by every layer below a module that is called like its prefix (defect B12): the adapter stays."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.my_lora_block = nn.ModuleDict({"lin": nn.Linear(4, 4)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.my_lora_block["lin"](x)
+
+    def scenario(package: Any) -> Any:
+        torch.manual_seed(0)
+        model = package.get_peft_model(Net(), package.LoraConfig(r=2, target_modules=["lin"]))
+        model.add_adapter("second", package.LoraConfig(r=2, target_modules=["lin"]))
+        fill(model)
+        model.delete_adapter("default")
+        return sorted(key for key in model.state_dict() if ".default." in key)
+
+    theirs, ours = on_both(scenario)
+    assert len(theirs.value) == 2
+    assert ours.value == []
+
+
 def test_any_module() -> None:
     for kind in ("linear", "conv2d", "embedding", "mha"):
         model, x, target = layer_model(kind)

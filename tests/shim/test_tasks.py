@@ -129,6 +129,48 @@ def test_generation(task: str | None, settings: dict[str, Any]) -> None:
     same(scenario)
 
 
+def test_adalora_in_training(tmp_path: Any) -> None:
+    """Its penalty is in the loss of the task classes, and its ranks are allocated in training."""
+
+    def scenario(package: Any) -> Any:
+        config = package.AdaLoraConfig(
+            init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=5, target_modules=["q_proj", "v_proj"],
+            task_type="CAUSAL_LM", orth_reg_weight=0.5,
+        )  # fmt: skip
+        model = fill(package.get_peft_model(tiny("llama"), config)).train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+        batch, seen = tokens("llama"), []
+        for step in range(1, 6):
+            loss = model(**batch, labels=batch["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+            seen.append(loss.detach())
+        model.eval()
+        truth = logits(model(**batch)).detach()
+        model.save_pretrained(tmp_path / package.__name__)
+        loaded = package.PeftModel.from_pretrained(tiny("llama"), tmp_path / package.__name__)
+        return seen, truth, logits(loaded(**batch)).detach()
+
+    same(scenario, tolerance=1e-3, warn=False)  # PEFT warns of the rank pattern that it wrote itself
+
+
+def test_adalora_is_evaluated_after_loading(tmp_path: Any) -> None:
+    """PEFT's looks for the adapter in training, and raises AttributeError once there are labels."""
+    config = shim.AdaLoraConfig(total_step=5, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    shim.get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
+    batch = tokens("llama")
+
+    def scenario(package: Any) -> Any:
+        model = package.PeftModel.from_pretrained(tiny("llama"), tmp_path)
+        return model(**batch, labels=batch["input_ids"]).loss.detach()
+
+    theirs, ours = on_both(scenario)
+    assert isinstance(theirs.error, AttributeError)
+    equal(tiny("llama")(**batch, labels=batch["input_ids"]).loss.detach(), ours.value, 1e-3)
+
+
 # -- rows with adapters of their own ------------------------------------------------------------------------
 
 NAMES = ["default", "__base__", "second", "default"]

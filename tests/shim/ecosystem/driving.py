@@ -41,12 +41,17 @@ def run(modules: Sequence[str], folder: Path) -> dict[str, dict[str, Any]]:
         (folder / package).mkdir(parents=True)
         command = [sys.executable, str(HERE / "driving.py"), package, str(folder / package), *modules]
         with (folder / f"{package}.txt").open("w") as text:
-            processes[package] = subprocess.Popen(command, env=environment, stdout=text, stderr=text)
+            at = folder / package  # PEFT writes below the working directory when it offloads
+            processes[package] = subprocess.Popen(command, env=environment, stdout=text, stderr=text, cwd=at)
     found = {}
-    for package, process in processes.items():
-        if process.wait(timeout=600) != 0:
-            raise RuntimeError(f"{modules} on {package}:\n{(folder / f'{package}.txt').read_text()[-4000:]}")
-        found[package] = torch.load(folder / package / "found.pt", weights_only=False)
+    try:
+        for package, process in processes.items():
+            if process.wait(timeout=900) != 0:
+                raise RuntimeError(f"{modules} on {package}:\n{(folder / f'{package}.txt').read_text()[-4000:]}")
+            found[package] = torch.load(folder / package / "found.pt", weights_only=False)
+    finally:
+        for process in processes.values():
+            process.kill()
     return found
 
 

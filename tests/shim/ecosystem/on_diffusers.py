@@ -8,44 +8,10 @@ from typing import Any
 
 import tiny
 import torch
+from tiny import pipeline, unet
 from torch import Tensor
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-def unet() -> Any:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-
-
-def pipeline() -> Any:
-    """Stable Diffusion, tiny; it takes embedded prompts."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
-    text = CLIPTextConfig(
-        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2, vocab_size=32
-    )
-    pipe = StableDiffusionPipeline(
-        vae, CLIPTextModel(text).eval(), None, unet(), DDIMScheduler(), None, None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @torch.no_grad()
@@ -207,12 +173,18 @@ def check_training(folder: Path) -> Any:
         with torch.no_grad():
             y = again(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 5, 16)).sample
         saved = load(folder / name / "pytorch_lora_weights.safetensors")
-        found[name] = losses, saved, y, again.active_adapters(), model.eval()(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 5, 16)).sample
+        found[name] = (
+            losses,
+            saved,
+            y,
+            again.active_adapters(),
+            model.eval()(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 5, 16)).sample,
+        )
     return found
 
 
 def check_flux(folder: Path) -> Any:
-    """A transformer of Flux: metadata, patterns of ranks and alphas, safe fusing, and the methods of the model alone."""
+    """A transformer of Flux: metadata, patterns of ranks and alphas, safe fusing, the methods of the model alone."""
     from diffusers import FluxTransformer2DModel
     from peft import LoraConfig
 
@@ -279,7 +251,11 @@ def check_errors(folder: Path) -> Any:
     model = unet()
     model.add_adapter(LoraConfig(r=2, target_modules=ATTENTION), "one")
     weights = get_peft_model_state_dict(model, adapter_name="one")
-    strange = {**weights, "no.such.layer.lora_A.weight": torch.ones(2, 2), "no.such.layer.lora_B.weight": torch.ones(2, 2)}
+    strange = {
+        **weights,
+        "no.such.layer.lora_A.weight": torch.ones(2, 2),
+        "no.such.layer.lora_B.weight": torch.ones(2, 2),
+    }
     wrong = {key: value[..., :-1].clone() for key, value in weights.items()}
     calls = {
         "twice": lambda m: m.add_adapter(LoraConfig(target_modules=ATTENTION), "one"),

@@ -93,7 +93,9 @@ def check_two_processes(folder: Path) -> Any:
 
 
 def check_run(folder: Path) -> Any:
-    runner = trainer(folder, lora(lora_dropout=0.1), eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=6)
+    runner = trainer(
+        folder, lora(lora_dropout=0.1), eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=6
+    )
     result = runner.train()
     runner.save_model(folder / "final")
     found = {"curve": curve(runner), "loss": result.training_loss, "eval": runner.evaluate()["eval_loss"]}
@@ -175,7 +177,12 @@ def check_parts(folder: Path) -> Any:
         "head": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]},
         "tokens": {"trainable_token_indices": [3, 4, 5], "target_modules": ["q_proj"]},
         "dora": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
-        "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        "rslora": {
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2},
+            "target_modules": ["q_proj", "up_proj"],
+            "layers_to_transform": [1],
+        },
     }
     for name, changes in variants.items():
         model = lora(**changes)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import torch
 from on_trainer import curve
 from tiny import llama
 
@@ -155,8 +156,6 @@ def check_reward(folder: Path) -> Any:
     pairs = Dataset.from_dict({"chosen": lines, "rejected": [" ".join(reversed(line.split())) for line in lines]})
     config = llama().config
     config.num_labels = 1
-    import torch
-
     torch.manual_seed(0)
     trainer = RewardTrainer(
         LlamaForSequenceClassification(config),
@@ -170,3 +169,28 @@ def check_reward(folder: Path) -> Any:
     trainer.train()
     trainer.save_model(str(folder / "final"))
     return curve(trainer), tiny.adapter(folder / "final"), type(trainer.model).__name__
+
+
+def check_grpo(folder: Path) -> Any:
+    """Generation from the policy, and a reference that is the model with its adapter switched off."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(text.count("a") + len(text.split())) for text in completions]
+
+    options = {"num_generations": 4, "max_completion_length": 5, "beta": 0.1, "temperature": 1.0, "max_steps": 2}
+    fields = {key: value for key, value in FIELDS.items() if key != "max_length"}
+    trainer = GRPOTrainer(
+        base(folder),
+        reward_funcs=reward,
+        args=GRPOConfig(str(folder / "run"), **{**fields, **options}, save_strategy="no"),
+        train_dataset=Dataset.from_dict({"prompt": tiny.sentences(8, length=4)}),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(**LORA),
+    )
+    trainer.train()
+    keys = ("loss", "reward", "kl", "grad_norm", "completions/mean_length")
+    logs = [{key: line[key] for key in keys if key in line} for line in trainer.state.log_history]
+    return logs, tiny.trained(trainer.model)

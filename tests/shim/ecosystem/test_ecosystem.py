@@ -1,22 +1,22 @@
 """transformers, trl, diffusers and accelerate on the shim: every observation is the one that they give on PEFT.
 
-Each module of checks runs in two processes, one with the real PEFT and one after `funcadapt.peft.as_peft()`; see
-`driving`.
+The checks run in two processes, one with the real PEFT and one after `funcadapt.peft.as_peft()`; see `driving`. One
+test for all of them, as importing these libraries takes longer than the checks.
 """
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-sys.path[:0] = [path for path in (str(Path(__file__).parent), str(Path(__file__).parents[1])) if path not in sys.path]
+pytest.importorskip("trl")
 
 import driving
 import peft
@@ -25,17 +25,13 @@ import torch
 from both import equal
 
 import funcadapt.peft as shim
+from funcadapt.recipes import pretrained
 
-NEEDS = {
-    "on_transformers": "transformers",
-    "on_snippets": "transformers",
-    "on_code": "transformers",
-    "on_trainer": "accelerate",
-    "on_trl": "trl",
-    "on_diffusers": "diffusers",
-}
+# the first one forks, which has to be before anything starts threads
+MODULES = ["on_trainer", "on_trl", "on_transformers", "on_snippets", "on_code", "on_more", "on_diffusers"]
 TOLERANCE = 2e-5
 ROUGH = {
+    "real_model.check_smollm2": 1e-3,
     "trainer.check_parts": 2e-4,  # norms of gradients
     "trainer.check_gradient_checkpointing": 2e-4,
     "trl.check_sft_of_a_peft_model": 5e-3,  # it computes in bfloat16
@@ -69,8 +65,6 @@ def numbers(value: Any) -> Any:
 
 def compare(modules: Sequence[str], folder: Path, subtests: Any) -> None:
     """Runs the checks of modules on both packages, and compares what they observe."""
-    for module in modules:
-        pytest.importorskip(NEEDS[module])
     found = driving.run(modules, folder)
     assert list(found["peft"]) == list(found["shim"]) == list(driving.checks(modules))
     for name, theirs in found["peft"].items():
@@ -91,14 +85,17 @@ def compare(modules: Sequence[str], folder: Path, subtests: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # what the packages say while they write is not the subject
-def test_transformers(tmp_path: Path, subtests: Any) -> None:
+def test_ecosystem(tmp_path: Path, subtests: Any) -> None:
     prepare(tmp_path)
-    compare(["on_transformers", "on_snippets", "on_code"], tmp_path, subtests)
+    compare(MODULES, tmp_path, subtests)
 
 
-def test_trainers(tmp_path: Path, subtests: Any) -> None:
-    compare(["on_trainer", "on_trl"], tmp_path, subtests)
-
-
-def test_diffusers(tmp_path: Path, subtests: Any) -> None:
-    compare(["on_diffusers"], tmp_path, subtests)
+@pytest.mark.heavy
+def test_real_model(tmp_path: Path, subtests: Any) -> None:
+    try:
+        pretrained.smollm2()
+    except pretrained.FetchError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    compare(["on_real_model"], tmp_path, subtests)
