@@ -110,6 +110,7 @@ class AdapterLayer(Switches):
         """
         held = Held(config)
         put(self, held.method, self.site, self.get_base_layer(), name, leaves)
+        held.present = tuple(address for address in held.addresses if address.leaf in leaves)
         self.adapters[name] = held
         view = self.view
         for attribute, field in view.attributes.items():

@@ -23,7 +23,7 @@ class Held:
         config: the config, patterns resolved.
         method: the method that it selects.
         addresses: where its leaves can be held.
-        present: where those are that it has, once somebody looked.
+        present: where those are that it has; looked up again in a copy.
         derived: the 0-d leaves as they were last made: leaf -> (the number, the tensor).
         quiet: the config with another rate of dropout, as it was last made.
     """

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import CASES, FIRST, UNUSABLE, Case, tolerance, tree_close
 from oracles import Snapshot
+from peft_tools import tiny, tokens
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
@@ -21,6 +22,7 @@ import funcadapt as fa
 import funcadapt.peft  # noqa: F401  (pickles find the generated classes in it)
 from funcadapt.view import merging
 from funcadapt.view import state as switches
+from funcadapt.view.inject import inject
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.mixed import mixed_batch
 from funcadapt.view.values import adapter_of
@@ -227,7 +229,9 @@ def test_its_parameters_are_functional(case: Case) -> None:
         twin.load_state_dict(parameters, strict=False)
         out = twin(x)
         named = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-        expected.append((out.detach(), dict(zip(named, torch.autograd.grad(out.pow(2).sum(), [*named.values()]), strict=True))))
+        expected.append(
+            (out.detach(), dict(zip(named, torch.autograd.grad(out.pow(2).sum(), [*named.values()]), strict=True)))
+        )
 
     def loss(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         out = functional_call(model, parameters, (x,))
@@ -284,12 +288,13 @@ def test_a_safe_merge_refuses_what_is_not_finite(case: Case) -> None:
     torch.testing.assert_close(model(x), expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# in the others the place of a row in the batch decides which expert it uses
+ROWS_ALONE = [case for case in CASES if case.kind.name not in ("experts_bmm", "experts_grouped")]
+
+
+@pytest.mark.parametrize("case", ROWS_ALONE, ids=str)
 def test_mixed_batches_equal_row_by_row(case: Case) -> None:
-    model, x = case.model(), case.inputs()
-    if case.kind.name in ("experts_bmm", "experts_grouped"):
-        pytest.skip("which expert a row uses depends on its place in the batch")
-    model.eval()
+    model, x = case.model().eval(), case.inputs()
     adapters = {name: case.adapter(model, seed) for seed, name in enumerate(("a", "b"))}
     x = torch.cat([x, x.flip(0)])
     names = [("a", "__base__", "b")[i % 3] for i in range(len(x))]
@@ -303,6 +308,93 @@ def test_mixed_batches_equal_row_by_row(case: Case) -> None:
     with mixed_batch(model, names):
         close(model(x), torch.cat(expected))
     assert torch.equal(model(x), before)
+
+
+# -- what adapters hold beside their layers ---------------------------------------------------------------
+
+LORA: dict[str, Any] = {"r": 2, "init_lora_weights": False}
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "saved": ("llama", {"modules_to_save": ["embed_tokens", "layers.1.mlp"]}),
+    "saved_tied": ("llama_tied", {"modules_to_save": ["lm_head"]}),
+    "rows": ("llama", {"trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": [0, 5]}}),
+    "rows_tied": ("llama_tied", {"trainable_token_indices": [7, 3, 12, 30]}),
+    "rows_saved": ("llama", {"trainable_token_indices": [3], "modules_to_save": ["lm_head"]}),
+    "bias": ("opt", {"bias": "all"}),
+    "bias_saved": ("opt", {"bias": "lora_only", "modules_to_save": ["layers.1.fc1", "final_layer_norm"]}),
+    "tied": ("llama_tied", {"target_modules": ["embed_tokens"]}),
+    "tied_head": ("llama_tied", {"target_modules": ["lm_head", "q_proj"]}),
+    "tied_both": ("llama_tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "t5": ("t5", {"target_modules": ["lm_head", "wo"]}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_models(name: str) -> None:
+    """Modules that are saved whole, trained rows and biases, tied weights: the same laws."""
+    kind, fields = WHOLE[name]
+    model, inputs = tiny(kind).double(), tokens(kind)
+    next(model.parameters()).requires_grad_(False)
+    before, printed, bare = Snapshot(model), repr(model), model(**inputs).logits
+    inject(model, fa.LoraConfig(**LORA, **fields))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    adapter = adapter_of(model, "default").map(torch.clone)
+    expected = model(**inputs).logits
+    with torch.no_grad():
+        assert (expected - bare).abs().max() > 0.05
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    close(fa.functional_call(tiny(kind).double(), adapter, (), inputs).logits, expected)
+
+    live = bits(model)
+    merging.merge(model)
+    merged = bits(model)
+    close(model(**inputs).logits, expected)
+    with switches.disabled(model):
+        if "bias" not in fields:  # they are the model's own
+            close(model(**inputs).logits, bare)
+    same_bits(bits(model), merged)
+    merging.unmerge(model)
+    same_bits(bits(model), live)
+    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert torch.equal(model(**inputs).logits, expected)
+
+    merging.merge(model)
+    (found,) = fa.dematerialize(model).values()
+    before.check()
+    assert repr(model) == printed
+    assert torch.equal(model(**inputs).logits, bare)
+    assert found.config == adapter.config
+    for path, leaves in adapter.params.items():
+        same_bits(dict(found.params[path]), dict(leaves))
+    close(fa.materialize(model, found)(**inputs).logits, expected)
+    twin = copy.deepcopy(model)
+    close(merging.unload(model, merge_first=True)(**inputs).logits, expected)
+    assert not [*layers(model)]
+    if "modules_to_save" not in fields and "bias" not in fields:  # those stay, as in PEFT
+        merging.merge(twin)
+        close(merging.unload(twin)(**inputs).logits, bare)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}),
+        ({"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}),
+        ({"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1]}),
+        ({"trainable_token_indices": [1]}, {"target_modules": ["q_proj", "embed_tokens"]}),
+        ({"modules_to_save": ["norm", "lm_head"]}, {"modules_to_save": ["norm"], "target_modules": ["lm_head"]}),
+    ],
+)
+def test_an_injection_that_fails_halfway_leaves_no_trace(first: dict[str, Any], second: dict[str, Any]) -> None:
+    model, inputs = tiny("llama"), tokens("llama")
+    inject(model, fa.LoraConfig(**LORA, **first), "first")
+    before, printed, expected = Snapshot(model), repr(model), model(**inputs).logits
+    with pytest.raises((ValueError, TypeError), match=r"lm_head|embed_tokens"):
+        inject(model, fa.LoraConfig(**LORA, **second), "second")
+    before.check()
+    assert repr(model) == printed
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_values_are_live() -> None:

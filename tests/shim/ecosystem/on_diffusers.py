@@ -183,6 +183,29 @@ def check_training(folder: Path) -> Any:
     return found
 
 
+def check_training_script(folder: Path) -> Any:
+    """What diffusers' own scripts do to save, and to go on from what they saved."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _set_state_dict_into_text_encoder, cast_training_params
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    state, _ = StableDiffusionPipeline.lora_state_dict(written(folder, "one", 1))
+    pipe = pipeline()
+    pipe.unet.requires_grad_(False).half().add_adapter(LoraConfig(r=4, target_modules=ATTENTION))
+    pipe.text_encoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"]))
+    cast_training_params(pipe.unet, dtype=torch.float32)
+    own = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
+    result = set_peft_model_state_dict(pipe.unet, convert_unet_state_dict_to_peft(own), adapter_name="default")
+    _set_state_dict_into_text_encoder(state, prefix="text_encoder.", text_encoder=pipe.text_encoder)
+    return {
+        "unexpected": result.unexpected_keys,
+        "trained": tiny.trained(pipe.unet),
+        "unet": get_peft_model_state_dict(pipe.unet),
+        "text": get_peft_model_state_dict(pipe.text_encoder),
+    }
+
+
 def check_flux(folder: Path) -> Any:
     """A transformer of Flux: metadata, patterns of ranks and alphas, safe fusing, the methods of the model alone."""
     from diffusers import FluxTransformer2DModel

@@ -223,6 +223,43 @@ def check_mixed(folder: Path) -> Any:
     return {"curve": curve(runner), "trained": tiny.trained(model)}
 
 
+def check_adalora(folder: Path) -> Any:
+    """The callback of PEFT's documentation, which calls `update_and_allocate` before the gradients go."""
+    from peft import AdaLoraConfig, PeftModel, get_peft_model
+    from transformers import TrainerCallback
+
+    class Allocate(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.base_model.update_and_allocate(state.global_step)
+
+    fields = {"init_r": 5, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 6}
+    targets = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    runner = trainer(folder, get_peft_model(llama(), AdaLoraConfig(**fields, **targets)))
+    runner.add_callback(Allocate())
+    runner.train()
+    runner.save_model(folder / "final")
+    loaded = PeftModel.from_pretrained(llama(), folder / "final")
+    return curve(runner), tiny.adapter(folder / "final"), tiny.out(loaded)
+
+
+def check_optimizers(folder: Path) -> Any:
+    from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+    from transformers import Trainer
+
+    found = {}
+    for name in ("plus", "fa"):
+        model = lora()
+        if name == "plus":
+            made = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4)
+        else:
+            made = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+        changes = {"max_steps": 3, "neftune_noise_alpha": 5}
+        runner = Trainer(model, arguments(folder / name, **changes), train_dataset=Rows(), optimizers=(made, None))
+        runner.train()
+        found[name] = curve(runner), tiny.trained(model)
+    return found
+
+
 def check_accelerate(folder: Path) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import extract_model_from_parallel, is_peft_model
