@@ -39,6 +39,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_recording() -> bool:
+    """Whether what is computed now becomes part of a graph, also one of `torch.jit.trace`: it must not be cached."""
+    return is_compiling() or torch.jit.is_tracing()  # pyright: ignore
+
+
 def unflatten(t: torch.Tensor, axis: int, sizes: tuple[int, ...]) -> torch.Tensor:
     """`t.unflatten(axis, sizes)`, which torch leaves untyped."""
     return t.unflatten(axis, sizes)  # pyright: ignore

@@ -29,7 +29,8 @@ def sites(model: nn.Module, config: AdapterConfig, *, expect: int | None = None,
         model: the model.
         config: the config.
         expect: how many sites there must be.
-        strict: whether a name or pattern that matched nothing is an error (PEFT ignores it).
+        strict: whether a name or pattern that matched nothing is an error (PEFT ignores it), and so is one tied weight
+            under two names (each can be adapted, but they cannot be merged into one weight).
 
     Returns:
         The table of sites.

@@ -252,7 +252,7 @@ def describe(config: AdaLoraConfig, leaves: Mapping[str, Leaf]) -> AdaLoraConfig
     Returns:
         The config. What it cannot say, such as a scaling of one site, goes into `lora_E` (see `stored`).
     """
-    own = {path: p for path, p in leaves.items() if "lora_E" in p and "scaling" in p}
+    own = {path: p for path, p in leaves.items() if "lora_E" in p and "scaling" in p and not p["scaling"].is_meta}
     if not own:
         return config
     r = max(config.init_r, *(config.rank(p) for p in own.values()))
@@ -275,8 +275,10 @@ def describe(config: AdaLoraConfig, leaves: Mapping[str, Leaf]) -> AdaLoraConfig
 
 
 def _told(config: AdaLoraConfig, p: Leaf) -> bool:
-    """Whether the 0-d leaves are those of the config."""
-    return all(torch.equal(v.to(p[name].dtype), p[name].cpu().reshape(())) for name, v in buffers(config).items())
+    """Whether the 0-d leaves are those of the config; on the meta device, where they have no values, they are."""
+    derived = buffers(config)
+    given = {name: p[name] for name in derived if not p[name].is_meta}
+    return all(torch.equal(derived[name].to(v.dtype), v.cpu().reshape(())) for name, v in given.items())
 
 
 def stored(config: AdaLoraConfig, path: str, p: Leaf) -> Leaf:

@@ -511,7 +511,7 @@ def describe(config: LoraConfig, leaves: Mapping[str, Leaf]) -> LoraConfig:
     alphas_of: dict[tuple[int, float, torch.dtype], float] = {}
     same = True
     for path, p in leaves.items():
-        if "scaling" not in p:
+        if "scaling" not in p or p["scaling"].is_meta:  # without values, the config has the last word
             continue
         r = config.rank(p)
         at = config.at(path)

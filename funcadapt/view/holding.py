@@ -186,4 +186,4 @@ def scalar(value: Any, like: Tensor) -> Tensor:
     """A number of a layer as the 0-d leaf that the pure functions read."""
     if isinstance(value, Tensor):
         return value.to(dtype=like.dtype, device=like.device)
-    return torch.tensor(value, dtype=like.dtype, device=like.device)
+    return torch.full((), value, dtype=like.dtype, device=like.device)  # torch.jit.trace warns of torch.tensor

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcadapt._torch import is_compiling
+from funcadapt._torch import is_recording
 from funcadapt.compose import Level, dense_levels, nest
 from funcadapt.config import AdapterConfig
 from funcadapt.layer import Dense, Layer
@@ -168,7 +168,7 @@ class AdapterLayer(Switches):
         if known is not None and known[0] is number and known[1].dtype == like.dtype and known[1].device == like.device:
             return known[1]
         made = scalar(number, like)
-        if not is_compiling():  # a graph must not keep what it made
+        if not is_recording():  # a graph must not keep what it made
             held.derived[leaf] = number, made
         return made
 

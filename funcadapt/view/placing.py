@@ -165,7 +165,9 @@ class Placing:
         if site.kind in ("parameter", "experts"):
             own = method.pack(own)
         view = view_of(method)
-        others = view.buffers | view.frozen | set(view.derived if self.copy else ())  # a new one is what its config says
+        others = (
+            view.buffers | view.frozen | set(view.derived if self.copy else ())
+        )  # a new one is what its config says
         own = {**own, **{leaf: frozen[leaf] for leaf in others if leaf in frozen}}
         return {leaf: self._own(t) for leaf, t in own.items()}
 

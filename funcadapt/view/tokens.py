@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from funcadapt._torch import is_compiling
+from funcadapt._torch import is_recording
 from funcadapt.binding import TOKENS
 from funcadapt.view.buffer_dict import BufferDict
 from funcadapt.view.switches import TunerLayer
@@ -152,7 +152,7 @@ class TrainableTokensLayer(TunerLayer):
         """Indices as a tensor where the weight is. Made once: a copy to a GPU would wait for it in every call."""
         known = tuple(indices)
         device = self.weight.device
-        if is_compiling():
+        if is_recording():
             return torch.tensor(known, device=device, dtype=torch.long)
         if (known, device) not in self._cached:
             self._cached[known, device] = torch.tensor(known, device=device, dtype=torch.long)

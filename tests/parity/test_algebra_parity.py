@@ -105,15 +105,20 @@ def our_delta(model: nn.Module, adapter: fa.Adapter) -> dict[str, Tensor]:
     return {n: (merged[n] - t).detach() for n, t in model.named_parameters() if n in merged and n.endswith("weight")}
 
 
-@pytest.mark.parametrize("label", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+def drawn_transposed(kind: str, label: str) -> bool:
+    """Where PEFT drops values of the transposed update: the same law, other draws."""
+    name = label.split()[0]
+    return name.startswith("dare") and name.endswith("svd") and kind in ("hf_conv1d", "embedding")
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"), [(kind, label) for kind in KINDS for label in OPTIONS if not drawn_transposed(kind, label)]
+)
 def test_the_same_numbers_as_peft(kind: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, target = layer_model(kind)
     fields = [{"r": 4, "lora_alpha": 6, **target}, {"r": 4, "lora_alpha": 3, **target}]
     wrapped, adapters = pair(model, fields, tmp_path)
     name = label.split()[0]
-    if name.startswith("dare") and name.endswith("svd") and kind in ("hf_conv1d", "embedding"):
-        pytest.skip("PEFT drops values of the transposed update: the same law, other draws")
     coins(monkeypatch)
     add_weighted(wrapped, 2, WEIGHTS, name, **OPTIONS[label])
     theirs = peft_leaves(wrapped, "new")

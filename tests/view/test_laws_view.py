@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FIRST, UNUSABLE, Case, tolerance, tree_close
+from cases import CASES, FIRST, Case, PlainParameter, tolerance, tree_close
 from oracles import Snapshot
 from peft_tools import tiny, tokens
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 import funcadapt as fa
-import funcadapt.peft  # noqa: F401  (pickles find the generated classes in it)
+import funcadapt.peft  # pickles find the generated classes in it
 from funcadapt.view import merging
 from funcadapt.view import state as switches
 from funcadapt.view.inject import inject
@@ -71,13 +71,6 @@ def test_the_view_equals_the_functional_call(case: Case) -> None:
     assert all(g is not None and g.abs().max() > 0 for g in found.values())
     close(found, {name: truth.get_parameter(name).detach() for name in found})
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-
-
-@pytest.mark.parametrize("case", UNUSABLE, ids=str)
-def test_what_has_no_form_at_all_is_refused_by_the_call(case: Case) -> None:
-    with pytest.raises(fa.SiteError, match="0"):
-        model, _, x = with_view(case)
-        model(x)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -195,7 +188,11 @@ def test_copies(case: Case, again: Callable[[nn.Module], nn.Module]) -> None:
     assert any(isinstance(module, AdapterLayer) for module in model.modules())
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.exact == torch.float64], ids=str)
+# the others differ in what their functions compute, which tests/laws compile
+COMPILED = ("linear", "hf_conv1d", "embedding", "conv2d", "mha", "parameter", "experts_linear", "experts_bmm")
+
+
+@pytest.mark.parametrize("case", [case for case in FIRST if case.kind.name in COMPILED], ids=str)
 def test_compile_sees_one_frame(case: Case) -> None:
     """With other values of the parameters, too, and with its gradients."""
     torch._dynamo.reset()
@@ -282,7 +279,7 @@ def test_a_safe_merge_refuses_what_is_not_finite(case: Case) -> None:
         for _, layer in layers(model):
             layer.parameters_of("default")[0].flatten()[0] = torch.nan
     before, expected = Snapshot(model), model(x)
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be"):
         merging.merge(model, safe_merge=True)
     before.check()
     torch.testing.assert_close(model(x), expected, equal_nan=True)
@@ -395,6 +392,108 @@ def test_an_injection_that_fails_halfway_leaves_no_trace(first: dict[str, Any], 
     before.check()
     assert repr(model) == printed
     assert torch.equal(model(**inputs).logits, expected)
+
+
+# -- models that do not call what they have ---------------------------------------------------------------
+
+
+def test_encoder_layers_have_no_fast_path_around_their_adapters() -> None:
+    """In eval mode torch's own encoder reads the weights of its children, and calls none of them."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval().requires_grad_(False)
+    x = torch.randn(2, 5, 8)
+    config = fa.LoraConfig(**LORA, target_modules=["linear1", "linear2", "self_attn"])
+    adapter, before = fa.init(model, config), Snapshot(model)
+    expected = fa.functional_call(model, adapter, (x,))
+    assert not torch.allclose(expected, model(x), atol=0.1)
+    fa.materialize(model, adapter)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        merging.merge(model)
+        torch.testing.assert_close(model(x), expected)
+    fa.dematerialize(model)
+    before.check()
+
+
+def test_a_module_in_two_places_is_wrapped_once() -> None:
+    shared = nn.Linear(4, 4)
+    model, x = nn.Sequential(shared, nn.Tanh(), shared), torch.randn(3, 4)
+    adapter, before = fa.init(model, fa.LoraConfig(**LORA, target_modules=["0"])), Snapshot(model)
+    expected = fa.functional_call(model, adapter, (x,))
+    fa.materialize(model, adapter)
+    assert model[0] is model[2]
+    torch.testing.assert_close(model(x), expected)
+    merging.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    fa.dematerialize(model)
+    before.check()
+
+
+def test_the_model_itself_cannot_be_wrapped() -> None:
+    model = PlainParameter()
+    adapter, before = fa.init(model, fa.LoraConfig(r=2, target_parameters=["w"])), Snapshot(model)
+    with pytest.raises(fa.AdapterError, match="top-level module cannot be wrapped in place"):
+        fa.materialize(model, adapter)
+    before.check()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks(reentrant: bool) -> None:
+    inner, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(3, 4, requires_grad=True)
+    adapter = fa.init(inner, fa.LoraConfig(**LORA, target_modules=["0", "2"], lora_dropout=0.5))
+    fa.materialize(inner, adapter)
+    found = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        out = torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=reentrant) if on else inner(x)  # pyright: ignore
+        inner.zero_grad()
+        out.pow(2).sum().backward()
+        found.append({name: p.grad for name, p in inner.named_parameters() if p.requires_grad})
+    assert all(g.abs().max() > 0 for g in found[0].values())
+    tree_close(found[1], found[0], rtol=0, atol=0)
+
+
+# -- merged weights that somebody touched -----------------------------------------------------------------
+
+TOUCHES: dict[str, tuple[Callable[[Any], Any], float]] = {
+    "deepcopy": (copy.deepcopy, 1e-12),
+    "saved": (_saved, 1e-12),
+    "cast": (lambda model: model.float().double(), 1e-5),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+def test_merged_models_can_be_copied_and_cast(kind: str, touch: str) -> None:
+    act, rough = TOUCHES[touch]
+    model, inputs = tiny(kind).double(), tokens(kind)
+    bare = model(**inputs).logits
+    inject(model, fa.LoraConfig(**LORA, target_modules=["q_proj", "embed_tokens"]))
+    expected = model(**inputs).logits
+    merging.merge(model)
+    model = act(model)
+    allowed = {"rtol": 0, "atol": rough * expected.abs().max().item()}
+    torch.testing.assert_close(model(**inputs).logits, expected, **allowed)
+    merging.unmerge(model)
+    torch.testing.assert_close(model(**inputs).logits, expected, **allowed)
+    with switches.disabled(model):
+        torch.testing.assert_close(model(**inputs).logits, bare, **allowed)
+
+
+def test_a_merged_weight_that_was_trained_keeps_its_training() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)).double(), torch.randn(3, 4, dtype=torch.float64)
+    bare = model(x)
+    fa.materialize(model, fa.init(model, fa.LoraConfig(**LORA, target_modules=["0"])))
+    delta = model(x) - bare
+    merging.merge(model)
+    with torch.no_grad():
+        model.get_parameter("0.base_layer.weight").add_(1)
+    step = x.sum(1, keepdim=True)
+    torch.testing.assert_close(model(x), bare + delta + step)
+    merging.unmerge(model)
+    with switches.disabled(model):
+        torch.testing.assert_close(model(x), bare + step)
+    torch.testing.assert_close(model(x), bare + delta + step)
 
 
 def test_values_are_live() -> None:

@@ -67,6 +67,47 @@ def check_compiled(folder: Path) -> Any:
     return found
 
 
+def check_traced(folder: Path) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    one = noise(get_peft_model(tiny.mlp(), LoraConfig(r=2, target_modules=["seq.0", "conv"]))).eval()
+    rows, other = torch.randn(3, 20), torch.linspace(-1, 1, 60).reshape(3, 20)
+    with torch.no_grad():
+        traced = torch.jit.trace(one, rows)
+    return one(other), traced(other), torch.export.export(one, (rows,)).module()(other)
+
+
+def check_sharded(folder: Path) -> Any:
+    """FSDP2, and what accelerate saves and loads of it."""
+    import torch.distributed as dist
+    from accelerate.utils.fsdp_utils import _get_model_state_dict, _set_model_state_dict
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    one = model()
+    layers = one.base_model.model.model.layers
+    query = layers[0].self_attn.q_proj
+    policy = fsdp_auto_wrap_policy(one)
+    parts = (query, query.lora_A["default"], query.base_layer, layers[0])
+    found: dict[str, Any] = {"wrapped": [policy(module=p, recurse=False, nonwrapped_numel=0) for p in parts]}
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(folder / "store"), 1))
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in (*layers, one):
+            fully_shard(module, mesh=mesh)
+        found["losses"] = steps(one)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        own = _get_model_state_dict(one, adapter_only=True, sd_options=options)
+        one.save_pretrained(folder / "saved", state_dict=_get_model_state_dict(one, sd_options=options))
+        halves = {key: value / 2 for key, value in own.items()}
+        _set_model_state_dict(one, halves, adapter_only=True, sd_options=options)
+        return {**found, "own": own, "saved": tiny.adapter(folder / "saved"), "halves": out(one)}
+    finally:
+        dist.destroy_process_group()
+
+
 def defect_offloaded(folder: Path) -> Any:
     """A base of which a layer is on the disk, behind accelerate's hooks. PEFT removes them, and fails without a GPU."""
     from peft import PeftModel

@@ -106,8 +106,7 @@ def check_run(folder: Path) -> Any:
     found["labels"] = runner.label_names
     found["card"] = (folder / "final" / "README.md").read_text()
     runner.create_model_card(model_name="m", tags=["t"])
-    found["made card"] = (folder / "run" / "README.md").read_text()
-    return found
+    return {**found, "made card": (folder / "run" / "README.md").read_text()}
 
 
 def check_gradient_checkpointing(folder: Path) -> Any:
@@ -207,9 +206,7 @@ def check_injected(folder: Path) -> Any:
     model.add_adapter(LoraConfig(**LORA))
     runner = trainer(folder, model, save_strategy="steps", save_steps=3, max_steps=3)
     runner.train()
-    found = {"curve": curve(runner), "files": tiny.names(folder)}
-    found["saved"] = tiny.adapter(folder / "run" / "checkpoint-3")
-    return found
+    return curve(runner), tiny.names(folder), tiny.adapter(folder / "run" / "checkpoint-3")
 
 
 def check_mixed(folder: Path) -> Any:
@@ -233,13 +230,13 @@ def check_adalora(folder: Path) -> Any:
             model.base_model.update_and_allocate(state.global_step)
 
     fields = {"init_r": 5, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 6}
-    targets = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    runner = trainer(folder, get_peft_model(llama(), AdaLoraConfig(**fields, **targets)))
+    config = AdaLoraConfig(**fields, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    runner = trainer(folder, get_peft_model(llama(), config))
     runner.add_callback(Allocate())
     runner.train()
     runner.save_model(folder / "final")
-    loaded = PeftModel.from_pretrained(llama(), folder / "final")
-    return curve(runner), tiny.adapter(folder / "final"), tiny.out(loaded)
+    again = tiny.out(PeftModel.from_pretrained(llama(), folder / "final"))
+    return curve(runner), tiny.adapter(folder / "final"), again
 
 
 def check_optimizers(folder: Path) -> Any:
@@ -253,8 +250,8 @@ def check_optimizers(folder: Path) -> Any:
             made = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4)
         else:
             made = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
-        changes = {"max_steps": 3, "neftune_noise_alpha": 5}
-        runner = Trainer(model, arguments(folder / name, **changes), train_dataset=Rows(), optimizers=(made, None))
+        args = arguments(folder / name, max_steps=3, neftune_noise_alpha=5)
+        runner = Trainer(model, args, train_dataset=Rows(), optimizers=(made, None))
         runner.train()
         found[name] = curve(runner), tiny.trained(model)
     return found

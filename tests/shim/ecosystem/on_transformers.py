@@ -193,6 +193,9 @@ def check_pipeline(folder: Path) -> Any:
     found["keyword"] = model.generate(input_ids=ids(), max_new_tokens=5, do_sample=False, use_cache=False)
     with model.disable_adapter():
         found["disabled"] = model.generate(input_ids=ids(), max_new_tokens=5, do_sample=False)
+    for path in prepared(folder, "head", "tokens"):
+        loaded = pipeline("text-generation", model=str(path), tokenizer=tiny.tokenizer())
+        found[path.name] = loaded(texts, max_new_tokens=6, do_sample=False)
     merged = model.merge_and_unload()
     found["merged"] = pipeline("text-generation", model=merged, tokenizer=tiny.tokenizer())(
         texts, max_new_tokens=6, do_sample=False
