@@ -57,7 +57,7 @@ def inject() -> None:
         ),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(5):
+    for _ in range(3):
         for name, run in contenders.items():
             model = seven_b()
             times[name] += paired({"x": lambda run=run, model=model: run(model)}, repeats=1, warmup=0)["x"]

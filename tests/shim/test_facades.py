@@ -22,6 +22,7 @@ from funcadapt.method import methods, unregister
 from funcadapt.peft import absent
 from funcadapt.peft.targets import check_target_module_exists
 from funcadapt.view.classes import family, layer_class, packages
+from funcadapt.view.holding import view_of
 from funcadapt.view.layer import AdapterLayer
 
 # what other libraries import from PEFT's modules (transformers 5.23, diffusers 0.42, trl 1.16, accelerate 1.15)
@@ -110,11 +111,11 @@ def test_classes_come_from_the_registry(package: str) -> None:
     assert getattr(module, base.__name__) is base
     assert issubclass(base, AdapterLayer)
     for method in methods():
-        for kind in method.kinds:
+        for kind in method.kinds if view_of(method).package == package else ():
             cls = layer_class(method, kind)
-            if issubclass(cls, base):
-                assert getattr(module, cls.__name__) is cls
-                assert pickle.loads(pickle.dumps(cls)) is cls
+            assert issubclass(cls, base)
+            assert getattr(module, cls.__name__) is cls
+            assert pickle.loads(pickle.dumps(cls)) is cls
 
 
 def test_base_tuner_layer() -> None:
