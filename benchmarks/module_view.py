@@ -22,8 +22,8 @@ from torch import nn
 import funcadapt as fa
 from benchmarks.common import paired, report, smollm2, summary
 from benchmarks.single_adapter import RANK, SHAPES
-from funcadapt.peft.functional import inject_adapter_in_model
 from funcadapt.peft import LoraConfig
+from funcadapt.peft.functional import inject_adapter_in_model
 
 
 def seven_b() -> nn.Module:
@@ -62,7 +62,7 @@ def inject() -> None:
             model = seven_b()
             times[name] += paired({"x": lambda run=run, model=model: run(model)}, repeats=1, warmup=0)["x"]
     rows = [{"what": name, **row} for name, row in summary(times, "funcadapt").items()]
-    report("inject", rows, ["what", "median_ms", "ratio", "ratio_q1", "ratio_q3", "rounds"])
+    report("view_inject", rows, ["what", "median_ms", "ratio", "ratio_q1", "ratio_q3", "rounds"])
 
 
 def setting() -> dict[str, Any]:
@@ -86,7 +86,7 @@ def forward(s: dict[str, Any]) -> None:
         ids = torch.randint(0, 49_000, shape)
         with torch.no_grad():
             runs = {"base": s["model"], "view": s["view"], "peft": s["peft"]}
-            times = paired({k: lambda m=m: m(ids) for k, m in runs.items()}, repeats=2 * rounds)
+            times = paired({k: lambda m=m, ids=ids: m(ids) for k, m in runs.items()}, repeats=rounds)
         rows += [{"shape": f"{shape[0]}x{shape[1]}", "what": k, **v} for k, v in summary(times, "base").items()]
     report("view_forward", rows, ["shape", "what", "median_ms", "ratio", "ratio_q1", "ratio_q3", "rounds"])
 
@@ -109,7 +109,7 @@ def train(s: dict[str, Any]) -> None:
             s[name](ids, labels=ids).loss.backward()
 
         times = paired(
-            {"floor": floor, "view": lambda: step("view"), "peft": lambda: step("peft")}, repeats=2 * rounds
+            {"floor": floor, "view": lambda: step("view"), "peft": lambda: step("peft")}, repeats=rounds // 2
         )
         rows += [{"shape": f"{shape[0]}x{shape[1]}", "what": k, **v} for k, v in summary(times, "floor").items()]
     report("view_train", rows, ["shape", "what", "median_ms", "ratio", "ratio_q1", "ratio_q3", "rounds"])
