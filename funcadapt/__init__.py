@@ -4,6 +4,7 @@ An adapter is an immutable pytree of named tensors; a model is called with it an
 """
 
 from importlib.metadata import version
+from typing import Any
 
 from funcadapt import methods as methods
 from funcadapt import optim as optim
@@ -34,10 +35,8 @@ from funcadapt.merge import merge as merge
 from funcadapt.merge import merge_ as merge_
 from funcadapt.method import Method as Method
 from funcadapt.method import method_of as method_of
+from funcadapt.method import methods as registered
 from funcadapt.method import register as register
-from funcadapt.methods.adalora import AdaLoraConfig as AdaLoraConfig
-from funcadapt.methods.ia3 import IA3Config as IA3Config
-from funcadapt.methods.lora import LoraConfig as LoraConfig
 from funcadapt.recompute import checkpoint_context as checkpoint_context
 from funcadapt.sites import Site as Site
 from funcadapt.sites import SiteTable as SiteTable
@@ -49,3 +48,16 @@ from funcadapt.view import dematerialize as dematerialize
 from funcadapt.view import materialize as materialize
 
 __version__ = version("funcadapt")
+
+
+def __getattr__(name: str) -> Any:
+    """The config of every method, `fa.LoraConfig` and so on: a method is one file, so its config is not listed here."""
+    for method in registered():
+        if method.config.__name__ == name:
+            return method.config
+    raise AttributeError(f"module 'funcadapt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Every public name."""
+    return sorted({*globals(), *(method.config.__name__ for method in registered())})

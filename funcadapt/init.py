@@ -145,12 +145,12 @@ def initialise(
     for site in table:
         at, module = config.at(site.path), model.get_submodule(site.owner)
         layer = Layer(site, module, at)
-        fresh = method.init(site, at, draw_of(site, at), lambda layer=layer: layer.weight.detach())
-        corrected = method.residual(at, {**fresh.params, **fresh.buffers}, layer.weight.detach())
+        made = fresh(method, site, at, draw_of(site, at), lambda layer=layer: layer.weight.detach())
+        corrected = method.residual(at, {**made.params, **made.buffers}, layer.weight.detach())
         if corrected is not None:
             base[site.weight_name] = layer.stored(corrected)
-        fresh = _without_single_expert_axis(site, fresh)
-        params[site.path], buffers[site.path] = dict(method.layout(fresh.params)), fresh.buffers
+        made = _without_single_expert_axis(site, made)
+        params[site.path], buffers[site.path] = dict(method.layout(made.params)), made.buffers
     _whole_parameters(model, config, table, (params, buffers), device, strict)
     _token_rows(model, config, (params, buffers), device)
     if not params:
@@ -171,6 +171,31 @@ def _draw(site: Site, seed: int, dtype: torch.dtype | None, device: torch.device
     digest = hashlib.sha256(f"{seed}:{site.path}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return Draw(generator, dtype or site.dtype, target)
+
+
+def fresh(method: Method, site: Site, config: Any, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
+    """The leaves of one site as the method's `init` makes them; experts one by one, unless it makes them all.
+
+    Args:
+        method: the method.
+        site: the site.
+        config: the config at it.
+        draw: where numbers come from.
+        weight: gives the base weight, experts first.
+
+    Returns:
+        The leaves, with an expert axis where the site has experts.
+    """
+    if not site.stack or method.inits_experts:
+        return method.init(site, config, draw, weight)
+    kind: Any = "parameter"
+    one = dataclasses.replace(site, kind=kind, experts=0)
+    every = [method.init(one, config, draw, lambda e=e: weight()[e]) for e in range(site.experts)]
+
+    def together(leaves: Sequence[Leaf]) -> dict[str, Tensor]:
+        return {k: torch.stack([p[k] for p in leaves]) if v.ndim else v for k, v in leaves[0].items()}
+
+    return Fresh(together([e.params for e in every]), together([e.buffers for e in every]))
 
 
 def _without_single_expert_axis(site: Site, fresh: Fresh) -> Fresh:
@@ -197,7 +222,7 @@ def expected_shapes(site: Site, method: Method, config: Any, p: Leaf) -> dict[st
         at = dataclasses.replace(at, **{method.rank_field: rank})
     draw = Draw(None, site.dtype, torch.device("meta"))
     abstract: Callable[[], Tensor] = lambda: torch.empty(*site.stack, *site.shape, device="meta")  # noqa: E731
-    return {name: tuple(leaf.shape) for name, leaf in method.init(site, at, draw, abstract).params.items()}
+    return {name: tuple(leaf.shape) for name, leaf in fresh(method, site, at, draw, abstract).params.items()}
 
 
 def _copy(tensor: Tensor, device: torch.device | str | None) -> Tensor:

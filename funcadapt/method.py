@@ -212,6 +212,8 @@ class Method:
         constant_in_gradient: leaves whose gradient leaves out a term by the method's design (DoRA's norm).
         algebra: how adapters of the method are scaled and combined (`fa.combine`); None if they cannot be.
         view: how it looks as PEFT's in-place module; by default as its keys say.
+        inits_experts: whether `init` makes the leaves of all experts at once (then they come first in each, see
+            `Site.stack`); otherwise it is called once for each, with a plain 2-D parameter.
     """
 
     name: str
@@ -241,6 +243,7 @@ class Method:
     constant_in_gradient: frozenset[str] = frozenset()
     algebra: Algebra | None = None
     view: View | None = None
+    inits_experts: bool = False
 
 
 class Draw:

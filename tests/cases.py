@@ -1,24 +1,25 @@
 """The table of cases for the laws: method variants x layer kinds.
 
-The laws in `tests/laws` know no method by name. To put a new method under all of them, add one line to `VARIANTS`.
+The laws in `tests/laws` know no method by name. To put a new method under all of them, add a file to `tests/specs`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import specs
 import torch
 import torch.nn.functional as F
+from specs import Variant
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 import funcadapt as fa
-from funcadapt.init import _draw
+from funcadapt.init import _draw, fresh
 from funcadapt.method import Method, methods
-from funcadapt.methods.adalora import AdaLoraConfig
 from funcadapt.sites import describe
 
 # -- layer kinds ------------------------------------------------------------------------------------------
@@ -137,85 +138,6 @@ KINDS = [
     Kind("experts_grouped", lambda: Experts("grouped"), "0.w", _normal(4, 16), torch.float32),
 ]
 
-# -- method variants --------------------------------------------------------------------------------------
-
-EMBEDDINGS = frozenset({"embedding", "embedding_padding"})
-PARAMETERS = frozenset(k.name for k in KINDS if k.is_parameter)
-WITHOUT_BIAS = PARAMETERS | {"linear_no_bias", "conv3d", "mha_no_bias"}
-GROUPED = frozenset({"conv2d_grouped"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A config of a method, and what it cannot do by its mathematics: there the laws want the error.
-
-    Attributes:
-        name: its name in the ids of the tests.
-        config: keyword arguments that say the targets -> a config.
-        refused: kinds on which `fa.init` must raise SiteError.
-        no_dense: kinds where there is no dense form, so that `fa.merge` must raise SiteError.
-        unusable: kinds where the dense form is the only one, and there is none: calls must raise SiteError.
-        identity: whether a new adapter changes nothing.
-        training: whether the laws run in training mode; not with dropout, which has no dense form.
-    """
-
-    name: str
-    config: Callable[..., fa.AdapterConfig]
-    refused: frozenset[str] = frozenset()
-    no_dense: frozenset[str] = frozenset()
-    unusable: frozenset[str] = frozenset()
-    identity: bool = True
-    training: bool = True
-
-
-def _config(cls: type[fa.AdapterConfig], **fields: Any) -> Callable[..., fa.AdapterConfig]:
-    return lambda **targets: cls(**targets, **fields)
-
-
-VARIANTS: dict[str, list[Variant]] = {
-    "lora": [
-        Variant("plain", _config(fa.LoraConfig, r=2), no_dense=GROUPED),
-        Variant(
-            "rslora",
-            _config(fa.LoraConfig, r=2, use_rslora=True, init_lora_weights=False),
-            no_dense=GROUPED,
-            identity=False,
-        ),
-        Variant(
-            "bias",
-            _config(fa.LoraConfig, r=2, lora_bias=True),
-            EMBEDDINGS,
-            GROUPED | WITHOUT_BIAS,
-            frozenset({"mha_no_bias"}),
-        ),
-        Variant("dropout", _config(fa.LoraConfig, r=2, lora_dropout=0.5), PARAMETERS, GROUPED, training=False),
-    ],
-    "dora": [Variant("plain", _config(fa.LoraConfig, r=2, use_dora=True), refused=GROUPED)],
-    "ia3": [
-        Variant("output", _config(fa.IA3Config, feedforward_modules=[])),
-        Variant(
-            "input",
-            lambda target_modules: fa.IA3Config(target_modules=target_modules, feedforward_modules=target_modules),
-            EMBEDDINGS,
-        ),
-    ],
-    "adalora": [
-        Variant("plain", _config(AdaLoraConfig, init_r=2, target_r=1, total_step=10)),
-        Variant(
-            "random",
-            _config(AdaLoraConfig, init_r=2, target_r=1, total_step=10, lora_alpha=-1, init_lora_weights=False),
-            identity=False,
-        ),
-        Variant(
-            "dropout",
-            _config(AdaLoraConfig, init_r=2, target_r=1, total_step=10, lora_dropout=0.5),
-            PARAMETERS,
-            training=False,
-        ),
-    ],
-}
-
-
 # -- cases ------------------------------------------------------------------------------------------------
 
 
@@ -248,8 +170,8 @@ class Case:
         site, module = describe(model, self.kind.target)
         weight = getattr(module, site.parameter).detach()
         weight = weight.transpose(-2, -1) if site.transposed else weight
-        fresh = self.method.init(site, config, _draw(site, seed, None, None), lambda: weight)
-        return fa.Adapter({site.path: fresh.params}, {site.path: fresh.buffers} if fresh.buffers else {}, config)
+        made = fresh(self.method, site, config, _draw(site, seed, None, None), lambda: weight)
+        return fa.Adapter({site.path: made.params}, {site.path: made.buffers} if made.buffers else {}, config)
 
     def adapter(self, model: nn.Module, seed: int = 0) -> fa.Adapter:
         """An adapter with no leaf at its initial value, scalars included."""
@@ -281,19 +203,24 @@ class Case:
         return frozenset(self.method.keys) - self.method.constant_in_gradient
 
 
-def _all_cases() -> Iterator[Case]:
-    for method in methods():
-        for variant in VARIANTS.get(method.name, ()):
-            for kind in KINDS:
-                yield Case(method, variant, kind)
-
-
-ALL = list(_all_cases())
+SPECS = specs.load()
+VARIANTS = {name: spec.variants for name, spec in SPECS.items()}
+ALL = [
+    Case(method, variant, kind) for method in methods() for variant in VARIANTS.get(method.name, ()) for kind in KINDS
+]
 UNUSABLE = [case for case in ALL if case.kind.name in case.variant.unusable]
 REFUSED = [case for case in ALL if case.kind.name in case.variant.refused]
+# Every variant on every kind: for the laws of the formula.
 CASES = [case for case in ALL if case.kind.name not in case.variant.refused | case.variant.unusable]
-# One variant per method, for the laws that are slow: compile, export, threads.
+# One variant per method.
 FIRST = [case for case in CASES if case.variant is VARIANTS[case.method.name][0]]
+# For the laws of what is derived from the formula: the other variants change the formula alone.
+_SOME = ("linear", "embedding", "conv2d", "mha", "experts_linear")
+LAWS = [case for case in CASES if case in FIRST or case.kind.name in _SOME]
+# The engine does the same for every method of one shape: its own laws need one with hooks, and one that reads weights.
+REFERENCE = [case for case in FIRST if SPECS[case.method.name].reference]
+# For the laws of the compiler, which are slow.
+SLOW = [case for case in FIRST if case.kind.name == "linear" or case in REFERENCE]
 
 
 def stacked(adapters: list[fa.Adapter]) -> fa.Adapter:

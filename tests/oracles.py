@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
+import specs
 import torch
 from torch import Tensor, nn
 
-from funcadapt.sites import Site, describe
-
-Dense = tuple[Tensor, Tensor | None]
+from funcadapt.sites import describe
 
 # -- the dense form of each method, written from the paper, by autograd alone -----------------------------
 
-
-def lora_delta(site: Site, p: Mapping[str, Tensor]) -> Tensor:
-    a = p["lora_A"] if "lora_A" in p else p["lora_embedding_A"]
-    b = p["lora_B"] if "lora_B" in p else p["lora_embedding_B"]
-    return torch.einsum("or...,ri...->oi...", b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2)).expand(
-        *b.shape[:2], *a.shape[2:]), a) * p["scaling"]  # fmt: skip
-
-
-def lora(site: Site, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> Dense:
-    if "lora_B_bias" in p:
-        assert bias is not None
-        bias = bias + p["lora_B_bias"] * p["scaling"]
-    return weight + lora_delta(site, p), bias
-
-
-def dora(site: Site, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> Dense:
-    new = weight + lora_delta(site, p)
-    # Section 4.3 of the paper: the norm is a constant for the gradient.
-    norm = new.detach().flatten(1).norm(dim=1)
-    ratio = p["lora_magnitude_vector"].flatten() / norm
-    return new * ratio.reshape(-1, *(1,) * (new.ndim - 1)), bias
-
-
-def ia3(site: Site, p: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None) -> Dense:
-    vector = p["ia3_l"]
-    outputs = vector.shape[0] == site.out_features if vector.ndim == 2 else vector.shape[1] == site.out_features
-    vector = vector.flatten()
-    if outputs:
-        scaled = bias * vector if bias is not None else None
-        return weight * vector.reshape(-1, *(1,) * (weight.ndim - 1)), scaled
-    per_group = vector.reshape(site.groups, -1).repeat_interleave(site.out_features // site.groups, 0)
-    return weight * per_group.reshape(*per_group.shape, *(1,) * (weight.ndim - 2)), bias
-
-
-DENSE: dict[str, Callable[[Site, Mapping[str, Tensor], Tensor, Tensor | None], Dense]] = {
-    "lora": lora,
-    "dora": dora,
-    "ia3": ia3,
-}
+DENSE = {name: spec.dense for name, spec in specs.load().items() if spec.dense is not None}
 
 
 def dense_weights(model: nn.Module, adapter: Any, method: str) -> dict[str, Tensor]:

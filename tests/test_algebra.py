@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, tolerance
+from cases import LAWS, Case, tolerance
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from funcadapt import sparsify
 from funcadapt.algebra import add, combine, scale
 from funcadapt.combining import COMBINATIONS, SPARSE
 
-ALGEBRAIC = [case for case in CASES if case.method.algebra is not None]
-PLAIN = [case for case in CASES if case.method.algebra is None]
+ALGEBRAIC = [case for case in LAWS if case.method.algebra is not None]
+PLAIN = [case for case in LAWS if case.method.algebra is None]
 LORA = [case for case in ALGEBRAIC if case.method.name in ("lora", "dora")]
 DENSITY = {name: 0.5 for name in COMBINATIONS if name.removesuffix("_svd") in SPARSE}
 
@@ -71,7 +71,7 @@ def trio(case: Case) -> tuple[nn.Module, list[fa.Adapter]]:
 # -- laws -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_one_adapter_with_weight_1_comes_back(case: Case) -> None:
     adapter = case.adapter(case.model())
     for name in COMBINATIONS:

@@ -402,6 +402,7 @@ METHOD = register(
         kinds=lora.KINDS,
         keys={name: name for name in LEAVES},
         init=init,
+        inits_experts=True,
         after=after,
         weight=weight,
         buffers=buffers,

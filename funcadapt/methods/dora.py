@@ -162,6 +162,7 @@ METHOD = register(
         kinds=lora.KINDS,
         keys={**lora.METHOD.keys, "lora_magnitude_vector": "lora_magnitude_vector"},
         init=init,
+        inits_experts=True,
         after=after,
         weight=weight,
         buffers=lora.buffers,

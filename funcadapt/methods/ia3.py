@@ -189,6 +189,7 @@ METHOD = register(
         ),
         keys={"ia3_l": "ia3_l"},
         init=init,
+        inits_experts=True,
         before=before,
         after=after,
         weight=weight,

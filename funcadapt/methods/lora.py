@@ -608,6 +608,7 @@ METHOD = register(
             "lora_embedding_B": "lora_embedding_B",
         },
         init=init,
+        inits_experts=True,
         after=after,
         weight=weight,
         buffers=buffers,

@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from funcadapt.peft.checks import check_injectable, input_requires_grad, is_checkpointing, print_trainable
+from funcadapt.peft.checks import check_injectable, input_requires_grad, is_checkpointing
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.model_files import FilesMixin
-from funcadapt.peft.status import count_parameters
 from funcadapt.peft.tuner import BaseTuner
 from funcadapt.peft.tuner_merging import DUMMY_MODEL_CONFIG
 
@@ -39,7 +38,7 @@ def _check_compatible(config: Any) -> None:
         )
 
 
-class PeftMixedModel(FilesMixin, nn.Module):
+class PeftMixedModel(FilesMixin):
     """A model with adapters of several types, of which several can be active at once. It can load, but not save.
 
     Args:
@@ -65,45 +64,10 @@ class PeftMixedModel(FilesMixin, nn.Module):
         if hasattr(self.config, "pretraining_tp"):
             self.config.pretraining_tp = 1
 
-    def __getattr__(self, name: str) -> Any:
-        """The base model's attributes, where this has none."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":  # not initialised yet
-                raise
-            return getattr(self.base_model, name)
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """Adapter name -> config."""
-        return self.base_model.peft_config
-
     @property
     def active_adapter(self) -> str | list[str]:
         """The active adapters as they were set."""
         return self.base_model.active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
-        return self.base_model.active_adapters
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """The names of the modules that are trained in full, of all adapters; None if there are none."""
-        names: set[str] = set()
-        for config in self.peft_config.values():
-            names.update(getattr(config, "modules_to_save", None) or ())
-        return names or None
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many parameters are trained, and how many there are."""
-        return count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the two numbers and their ratio."""
-        print_trainable(*self.get_nb_trainable_parameters())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""

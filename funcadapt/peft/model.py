@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from funcadapt.peft.around import AroundTuner
 from funcadapt.peft.checks import (
     check_injectable,
     input_requires_grad,
     is_checkpointing,
-    print_trainable,
     warn_of_prefix,
 )
 from funcadapt.peft.config import PeftConfig
@@ -24,7 +24,6 @@ from funcadapt.peft.model_files import FilesMixin
 from funcadapt.peft.status import (
     TunerLayerStatus,
     TunerModelStatus,
-    count_parameters,
     get_layer_status,
     get_model_status,
     status_layers,
@@ -32,7 +31,7 @@ from funcadapt.peft.status import (
 from funcadapt.peft.tuner import BaseTuner
 
 
-class PeftModel(FilesMixin, HubMixin, nn.Module):
+class PeftModel(FilesMixin, HubMixin):
     """A model with adapters in it.
 
     The model itself is `base_model.model`; it is changed in place, and attributes that this class does not have are
@@ -77,30 +76,12 @@ class PeftModel(FilesMixin, HubMixin, nn.Module):
             model.config.pretraining_tp = 1  # pyright: ignore
         self._adapters_disabled = False
 
-    def __getattr__(self, name: str) -> Any:
-        """The base model's attributes, where this has none."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":  # not initialised yet
-                raise
-            return getattr(self.base_model, name)
-
     # -- what there is ----------------------------------------------------------------------------------
 
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """Adapter name -> config."""
-        return self.base_model.peft_config
-
-    @peft_config.setter
+    @AroundTuner.peft_config.setter
     def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        """Replace the configs."""
         self.base_model.peft_config = value
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
-        return self.base_model.active_adapters
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -113,14 +94,6 @@ class PeftModel(FilesMixin, HubMixin, nn.Module):
         return not self._adapters_disabled or not self.active_adapters
 
     @property
-    def modules_to_save(self) -> set[str] | None:
-        """The names of the modules that are trained and saved in full, of all adapters; None if there are none."""
-        names: set[str] = set()
-        for config in self.peft_config.values():
-            names.update(getattr(config, "modules_to_save", None) or ())
-        return names or None
-
-    @property
     def base_model_torch_dtype(self) -> Any:
         """The model's dtype, None if it has no such attribute."""
         return getattr(self.base_model, "dtype", None)
@@ -128,14 +101,6 @@ class PeftModel(FilesMixin, HubMixin, nn.Module):
     def get_base_model(self) -> nn.Module:
         """The model that the adapters are in."""
         return self.base_model.model
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many parameters are trained, and how many there are."""
-        return count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the two numbers and their ratio."""
-        print_trainable(*self.get_nb_trainable_parameters())
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The status of each adapter layer."""

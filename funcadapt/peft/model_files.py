@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import Tensor, nn
 
+from funcadapt.peft.around import AroundTuner
 from funcadapt.peft.card import write_model_card
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.functional import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -32,16 +33,13 @@ _HUB = (
 _MUTATING = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA"}
 
 
-class FilesMixin:
-    """Reading and writing adapters, for classes that have `base_model`, `peft_config` and `add_adapter`."""
+class FilesMixin(AroundTuner):
+    """Reading and writing adapters, for classes that have `add_adapter`."""
 
     if TYPE_CHECKING:
-        base_model: Any
-        peft_config: Any
         add_adapter: Any
         set_requires_grad: Any
         delete_adapter: Any
-        eval: Any
 
     # -- writing ----------------------------------------------------------------------------------------
 

@@ -47,11 +47,8 @@ class _TaskModel(PeftModel):
             return self.base_model(**named, **self._without_special(kwargs))
 
 
-class _ClassifyingModel(_TaskModel):
-    """What the models that classify share."""
-
-    head_names = ("classifier", "score")
-    fills_return_dict = True
+class _LabelledModel(_TaskModel):
+    """What the models share whose loss takes `labels`, and that have no inputs of a decoder."""
 
     def forward(
         self,
@@ -76,6 +73,13 @@ class _ClassifyingModel(_TaskModel):
             "return_dict": return_dict,
         }
         return self._call(named, kwargs)
+
+
+class _ClassifyingModel(_LabelledModel):
+    """What the models that classify share."""
+
+    head_names = ("classifier", "score")
+    fills_return_dict = True
 
 
 class PeftModelForSequenceClassification(_ClassifyingModel):
@@ -166,32 +170,8 @@ class _GeneratingModel(_TaskModel):
         return self._generate(self.base_model, *args, **kwargs)
 
 
-class PeftModelForCausalLM(_GeneratingModel):
+class PeftModelForCausalLM(_GeneratingModel, _LabelledModel):
     """A `PeftModel` whose model continues text."""
-
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        labels: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        task_ids: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The model's output. `task_ids` is accepted and dropped."""
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
-        return self._call(named, kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         """The model's inputs for its next step, without `cache_position`, as PEFT gives them."""

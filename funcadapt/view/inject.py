@@ -22,6 +22,7 @@ from funcadapt.view.holding import view_of
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.placing import Bare, Placing, Transaction
 from funcadapt.view.walking import (
+    STATE,
     ViewState,
     auxiliaries,
     layers,
@@ -209,7 +210,7 @@ def _place(
             change.on_failure(lambda p=parameter, flag=state.requires_grad[full]: p.requires_grad_(flag))
             parameter.requires_grad_(False)
     change.set(state.configs, name, adapter.config)
-    change.set(root.__dict__, "_adapter_view", state)
+    change.set(root.__dict__, STATE, state)
     view = view_of(method_of(adapter.config))
     for _, layer in layers(root):
         if layer.view is view:  # another kind of adapter stays active

@@ -184,7 +184,7 @@ class AdapterLayer(Switches):
         return held.config if rate == getattr(held.config, field) else held.with_dropout(field, rate)
 
     def _drops(self) -> bool:
-        """Whether dropout can act here. PEFT ignores it in attention without a word; so do we, `inject` warns."""
+        """Whether dropout can act here. Not in attention, as in PEFT."""
         return self.site.kind != "mha" and not self._read_by_parent
 
     def levels(self, names: Iterable[str] | None = None) -> list[Level]:
@@ -257,11 +257,6 @@ class AdapterLayer(Switches):
         return layer.stored(new - weight)
 
     # -- merging ----------------------------------------------------------------------------------------
-
-    @property
-    def merged(self) -> bool:
-        """Whether adapters are in the base weight now."""
-        return bool(self.merged_adapters)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Write adapters into the base weight, see `view.merging`."""

@@ -51,10 +51,10 @@ def mixed_batch(
     entries: dict[str, Entry] = {}
     for below, there, parts in _by_owners(values, tuple(within or ())):
         names = (within or {}).get(below, adapter_names)
-        for group in _stackable(parts):
+        for group, stacked in _stacks(parts):
             place = {name: i for i, name in enumerate(group)}
             index = torch.tensor([place.get(name, -1) for name in names])
-            entries[f"{group[0]} at {there[0]}"] = routed(stack([parts[name] for name in group]), index)
+            entries[f"{group[0]} at {there[0]}"] = routed(stacked, index)
     with unwrapped(root), applied(root, entries):
         yield model
 
@@ -79,6 +79,15 @@ def _by_owners(
 
 def _at(paths: Sequence[str], tree: TensorTree) -> TensorTree:
     return {path: tree[path] for path in paths if path in tree}
+
+
+def _stacks(values: dict[str, Adapter]) -> list[tuple[list[str], Adapter]]:
+    """The adapters in as few stacks as can be, with their names."""
+    try:
+        return [(list(values), stack(list(values.values())))]  # nearly always: every tensor is copied once
+    except AdapterError:
+        groups = _stackable(values)
+    return [(group, stack([values[name] for name in group])) for group in groups]
 
 
 def _stackable(values: dict[str, Adapter]) -> list[list[str]]:

@@ -63,16 +63,11 @@ class Kept:
     shared: nn.Parameter | None = None
 
 
-class TunerLayer(nn.Module):
-    """What every layer has that holds adapters by name, trained rows of an embedding too: PEFT's `BaseTunerLayer`.
-
-    Attributes:
-        merged_adapters: the names of those that are in the base weight now.
-    """
+class AdapterHolder(nn.Module):
+    """What every module has that holds adapters by name: which are active, and whether they are switched off."""
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
-    merged_adapters: list[str]
     _active_adapter: str | list[str] = "default"
     _disable_adapters: bool = False
 
@@ -90,6 +85,21 @@ class TunerLayer(nn.Module):
     def active_adapters(self) -> list[str]:
         """The names as a list."""
         return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+
+
+class TunerLayer(AdapterHolder):
+    """A layer that holds adapters by name, trained rows of an embedding too: PEFT's `BaseTunerLayer`.
+
+    Attributes:
+        merged_adapters: the names of those that are in the base weight now.
+    """
+
+    merged_adapters: list[str]
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are in the base weight now."""
+        return bool(self.merged_adapters)
 
 
 class Switches(TunerLayer):

@@ -31,21 +31,21 @@ class ThroughWeight(AdapterLayer):
             finally:
                 swaps.exit()
 
-
-class AttentionLayer(ThroughWeight):
-    """`nn.MultiheadAttention`: its packed in-projection is adapted here, its out-projection by a layer of its own.
-
-    PEFT applies the out-projection's update twice (its defect B1); here it acts once, and has its full gradient.
-    """
-
     def __getattr__(self, name: str) -> Any:
-        """The attention's own attributes: `embed_dim`, `batch_first`, `in_proj_weight` and so on."""
+        """The wrapped module's own attributes, such as `embed_dim` and `batch_first` of attention."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_layer":
                 raise
             return getattr(self.get_base_layer(), name)
+
+
+class AttentionLayer(ThroughWeight):
+    """`nn.MultiheadAttention`: its packed in-projection is adapted here, its out-projection by a layer of its own.
+
+    PEFT applies the out-projection's update twice (its defect B1); here it acts once, and has its full gradient.
+    """
 
 
 class ParameterLayer(ThroughWeight):
@@ -63,15 +63,6 @@ class ParameterLayer(ThroughWeight):
     def get_param(self) -> Tensor:
         """The parameter."""
         return getattr(self.get_base_layer(), self.parameter_name)
-
-    def __getattr__(self, name: str) -> Any:
-        """The wrapped module's own attributes."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.get_base_layer(), name)
 
 
 def is_read_by_parent(parent: nn.Module) -> bool:

@@ -107,11 +107,6 @@ class TrainableTokensLayer(TunerLayer):
         assert found is None or isinstance(found, Tensor)
         return found
 
-    @property
-    def merged(self) -> bool:
-        """Whether any adapter is in the base weight."""
-        return bool(self.merged_adapters)
-
     def update_layer(
         self,
         adapter_name: str,

@@ -14,7 +14,7 @@ from funcadapt.config import AdapterConfig
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
 from funcadapt.view.layer import AdapterLayer
 
-_STATE = "_adapter_view"
+STATE = "_adapter_view"  # where a model keeps its state
 
 
 @dataclasses.dataclass
@@ -36,9 +36,9 @@ class ViewState:
 
 def root_of(model: nn.Module) -> nn.Module:
     """The module into which adapters were injected: the model, or a part of it (the bare model of a `PeftModel`)."""
-    if _STATE in model.__dict__:
+    if STATE in model.__dict__:
         return model
-    return next((module for module in model.modules() if _STATE in module.__dict__), model)
+    return next((module for module in model.modules() if STATE in module.__dict__), model)
 
 
 def view_state(model: nn.Module) -> ViewState:
@@ -50,15 +50,15 @@ def view_state(model: nn.Module) -> ViewState:
     Returns:
         The state.
     """
-    return root_of(model).__dict__.get(_STATE) or ViewState()
+    return root_of(model).__dict__.get(STATE) or ViewState()
 
 
 def set_view_state(model: nn.Module, state: ViewState | None) -> None:
     """Set or forget the state of a model."""
     if state is None:
-        model.__dict__.pop(_STATE, None)
+        model.__dict__.pop(STATE, None)
     else:
-        model.__dict__[_STATE] = state
+        model.__dict__[STATE] = state
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

@@ -8,19 +8,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from funcadapt.view.switches import AdapterHolder
+
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 _OWN = frozenset({"original_module", "modules_to_save", "token_adapter"})
 
 
-class AuxiliaryTrainingWrapper(nn.Module):
+class AuxiliaryTrainingWrapper(AdapterHolder):
     """What both wrappers have in common: which adapters they have, and which one is active.
 
     Attributes:
         original_module: the module that is wrapped.
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
-    other_param_names: ClassVar[tuple[str, ...]] = ()
     merged_adapters: Sequence[str] = ()
     original_module: Any
     _several: ClassVar[bool] = False  # whether adapters can act together
@@ -28,7 +28,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def __init__(self, module_to_save: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__()
         self._check_module(module_to_save)
-        self._active_adapter: str | list[str] = [adapter_name]
+        self._active_adapter = [adapter_name]
         self._disable_adapters = False
         self._adapters: set[str] = set()
         self._wrap(module_to_save, adapter_name, **kwargs)
@@ -85,21 +85,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def available_adapters(self) -> set[str]:
         """The adapters that this wrapper has values for."""
         return self._get_available_adapters()
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the wrapper is switched off; see `enable_adapters`."""
-        return self._disable_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """What was set as active."""
-        return self._active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters."""
-        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
 
     def _acting(self) -> list[str]:
         """The adapters that act in a forward now: all active ones, or none if one of them has nothing here."""

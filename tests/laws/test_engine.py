@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FIRST, Case, stacked, tolerance, tree_close
+from cases import FIRST, LAWS, SLOW, Case, stacked, tolerance, tree_close
 from oracles import Snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -33,7 +33,7 @@ class Bomb(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_a_call_leaves_the_model_unchanged(case: Case) -> None:
     model, x = case.model().append(Bomb()), case.inputs()
     adapter = case.adapter(model)
@@ -109,7 +109,7 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=fa.checkpoint_context)  # pyright: ignore
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_checkpointed_gradients_equal_plain_ones(case: Case) -> None:
     inner, x = case.model(), case.inputs()
     adapter = case.adapter(inner)
@@ -127,7 +127,7 @@ def test_checkpointed_gradients_equal_plain_ones(case: Case) -> None:
 
 
 # Dropout and scalings are the other variants' difference; the graphs are the same, so one variant is compiled.
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.exact == torch.float64], ids=str)
+@pytest.mark.parametrize("case", [c for c in SLOW if c.kind.exact == torch.float64], ids=str)
 def test_compile_sees_one_frame(case: Case) -> None:
     """Forward, gradient and vmap inside one compiled function: one graph for any adapters of one form."""
     model, x = case.model(), case.inputs()
@@ -162,7 +162,7 @@ class Exported(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.exact == torch.float64], ids=str)
+@pytest.mark.parametrize("case", [c for c in SLOW if c.kind.exact == torch.float64], ids=str)
 def test_export_takes_the_adapter_as_an_input(case: Case, strict: bool) -> None:
     model, x = case.model().requires_grad_(False), case.inputs()
     first, second = case.adapter(model, 0), case.adapter(model, 1)

@@ -10,7 +10,7 @@ from typing import Any
 import optree
 import pytest
 import torch
-from cases import CASES, FIRST, Case, tolerance, tree_close
+from cases import FIRST, LAWS, REFERENCE, SLOW, Case, tolerance, tree_close
 from oracles import Snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -34,7 +34,7 @@ HOW = [None, "gather", "sort", "masked"]
 BY_POSITION = frozenset({"experts_bmm", "experts_grouped"})
 # Adapted through their weight: there is no output of theirs to weigh row by row.
 THROUGH_THE_WEIGHT = frozenset({"mha", "mha_no_bias"})
-HOOKED = [c for c in CASES if not c.kind.is_parameter and c.kind.name not in THROUGH_THE_WEIGHT]
+HOOKED = [c for c in LAWS if not c.kind.is_parameter and c.kind.name not in THROUGH_THE_WEIGHT]
 
 Tree = Any
 
@@ -109,7 +109,7 @@ def of_ranks(case: Case, model: nn.Sequential, ranks: tuple[int, ...]) -> list[f
 # -- values -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_grouped_is_a_loop(case: Case) -> None:
     model, xs = case.model(), inputs(case, 3)
     adapters = [case.adapter(model, seed) for seed in range(3)]
@@ -126,7 +126,7 @@ def test_grouped_is_a_loop(case: Case) -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_routed_is_a_loop_over_rows(case: Case, how: str | None) -> None:
     model, x = case.model(), torch.cat(inputs(case, 3))
     adapters = [case.adapter(model, seed) for seed in range(3)]
@@ -168,7 +168,7 @@ TOKENS = frozenset({"linear", "hf_conv1d", "embedding", "embedding_padding"})
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("case", [c for c in CASES if c.kind.name in TOKENS], ids=str)
+@pytest.mark.parametrize("case", [c for c in LAWS if c.kind.name in TOKENS], ids=str)
 def test_an_index_of_two_axes_routes_tokens(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -181,7 +181,7 @@ def test_an_index_of_two_axes_routes_tokens(case: Case, how: str | None) -> None
     torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_bfloat16_is_the_loop_up_to_roundings(case: Case) -> None:
     low = torch.bfloat16
     model, xs = case.model(low), [x.to(low) if x.is_floating_point() else x for x in inputs(case, 3)]
@@ -255,7 +255,7 @@ def _check_gradients(
         tree_close(dict(cut.params), g, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_gradients_of_grouped_are_the_loops(case: Case) -> None:
     model, xs = case.model(), inputs(case, 3)
     size = len(xs[0])
@@ -268,7 +268,7 @@ def test_gradients_of_grouped_are_the_loops(case: Case) -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_gradients_of_routed_are_the_loops(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -290,7 +290,7 @@ def test_gradients_of_routed_are_the_loops(case: Case, how: str | None) -> None:
 
 
 @pytest.mark.parametrize("how", ["grouped", *HOW[1:]])
-@pytest.mark.parametrize("case", [c for c in CASES if has_rank(c)], ids=str)
+@pytest.mark.parametrize("case", [c for c in LAWS if has_rank(c)], ids=str)
 def test_mixed_ranks_are_padded_and_the_padding_has_no_gradient(case: Case, how: str) -> None:
     if refuses(case, how):
         return
@@ -457,7 +457,7 @@ class Bomb(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_the_model_is_unchanged(case: Case) -> None:
     model, x = case.model().append(Bomb()), torch.cat(inputs(case, 3))
     stack, index = fa.stack([case.adapter(model, seed) for seed in range(3)]), index_for(case, len(x))
@@ -577,7 +577,7 @@ def test_weights_interpolate_grouped_and_routed(case: Case) -> None:
 # -- dropout ----------------------------------------------------------------------------------------------
 
 DROPOUT = [
-    c for c in CASES if c.method.dropout(c.variant.config(target_modules=[c.kind.target])) and c.kind.name != "mha"
+    c for c in LAWS if c.method.dropout(c.variant.config(target_modules=[c.kind.target])) and c.kind.name != "mha"
 ]
 DROPOUT = [c for c in DROPOUT if c.kind.name not in THROUGH_THE_WEIGHT]
 
@@ -619,7 +619,7 @@ def test_seeded_dropout_is_each_adapters_own(case: Case) -> None:
 COMPILED = frozenset({"linear", "embedding", "conv2d", "mha", "experts_linear"})
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.name in COMPILED], ids=str)
+@pytest.mark.parametrize("case", [c for c in SLOW if c.kind.name in COMPILED], ids=str)
 def test_compile_sees_one_frame(case: Case) -> None:
     """Grouped, routed and a gradient in one graph, for any adapters of one form, any scalings and any index."""
     model, x = case.model(), torch.cat(inputs(case, 3))
@@ -647,7 +647,7 @@ def test_compile_sees_one_frame(case: Case) -> None:
     before.check()
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.name == "linear"], ids=str)
+@pytest.mark.parametrize("case", [c for c in REFERENCE if c.kind.name == "linear"], ids=str)
 def test_compile_takes_any_index_in_one_graph(case: Case) -> None:
     """A value that was made outside of the compiled function, with and without rows of the bare model."""
     model, x = case.model(), torch.cat(inputs(case, 3))
@@ -662,7 +662,7 @@ def test_compile_takes_any_index_in_one_graph(case: Case) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.name in ("linear", "conv2d")], ids=str)
+@pytest.mark.parametrize("case", [c for c in REFERENCE if c.kind.name in ("linear", "conv2d")], ids=str)
 def test_compile_takes_the_value_and_its_backward_pass(case: Case) -> None:
     """The value crosses the border of the compiled function, and plain autograd goes through it."""
     model, x = case.model().requires_grad_(False), torch.cat(inputs(case, 3))
@@ -692,7 +692,7 @@ class Exported(nn.Module):
         return fa.functional_call(self.model, many, (x,))
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.name in COMPILED | {"parameter", "conv1d"}], ids=str)
+@pytest.mark.parametrize("case", [c for c in REFERENCE if c.kind.name in COMPILED | {"parameter", "conv1d"}], ids=str)
 def test_export_takes_grouped_and_routed_as_inputs(case: Case) -> None:
     model, x = case.model().requires_grad_(False), torch.cat(inputs(case, 3))
     first, second = (fa.stack([case.adapter(model, start + i) for i in range(3)]) for start in (0, 3))

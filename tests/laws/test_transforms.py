@@ -8,7 +8,7 @@ from typing import Any
 import optree
 import pytest
 import torch
-from cases import CASES, FIRST, Case, stacked, tolerance, tree_close
+from cases import FIRST, LAWS, Case, stacked, tolerance, tree_close
 from oracles import DENSE, dense_weights
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
@@ -37,7 +37,7 @@ def gradient(f: Callable[[fa.Adapter], Tensor]) -> Callable[[fa.Adapter], Tree]:
     return lambda adapter: grad(lambda params: f(adapter.replace(params=params)))(adapter.params)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_vmap_equals_a_loop(case: Case) -> None:
     model, x = case.model(), case.inputs()
     adapters = [case.adapter(model, seed) for seed in range(3)]
@@ -46,7 +46,7 @@ def test_vmap_equals_a_loop(case: Case) -> None:
     torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_vmap_over_adapters_and_inputs_equals_a_loop(case: Case) -> None:
     model, x = case.model(), case.inputs()
     adapters = [case.adapter(model, seed) for seed in range(3)]
@@ -56,7 +56,7 @@ def test_vmap_over_adapters_and_inputs_equals_a_loop(case: Case) -> None:
     torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item(), roundings=64))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_vmap_of_grad_equals_a_loop_of_grads(case: Case) -> None:
     model, x = case.model(), case.inputs()
     adapters = [case.adapter(model, seed) for seed in range(3)]
@@ -66,7 +66,7 @@ def test_vmap_of_grad_equals_a_loop_of_grads(case: Case) -> None:
     tree_close(vmap(one)(stacked(adapters)), expected, **tolerance(case.kind.exact, scale, roundings=64))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_autograd_equals_grad(case: Case) -> None:
     model, x = case.model(), case.inputs()
     f, adapter = objective(case, model, x), case.adapter(model)
@@ -78,7 +78,7 @@ def test_autograd_equals_grad(case: Case) -> None:
     tree_close(pytree.tree_map(lambda t: t.grad, leaves.params), expected, **tolerance(case.kind.exact, scale))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.kind.exact == torch.float64], ids=str)
+@pytest.mark.parametrize("case", [c for c in LAWS if c.kind.exact == torch.float64], ids=str)
 def test_grad_agrees_with_central_differences(case: Case) -> None:
     model, x = case.model(), case.inputs()
     f, adapter = objective(case, model, x), case.adapter(model)
@@ -104,7 +104,7 @@ def test_grad_agrees_with_central_differences(case: Case) -> None:
     assert checked
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.no_dense], ids=str)
+@pytest.mark.parametrize("case", [c for c in LAWS if not c.no_dense], ids=str)
 def test_grad_agrees_with_the_oracle(case: Case) -> None:
     if case.method.name not in DENSE:
         return  # test_dense.py wants an oracle where one is needed
@@ -122,7 +122,7 @@ def test_grad_agrees_with_the_oracle(case: Case) -> None:
     tree_close(g, expected, **tolerance(case.kind.exact, scale, roundings=64))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", LAWS, ids=str)
 def test_forward_mode_is_the_adjoint_of_reverse_mode(case: Case) -> None:
     model, x = case.model(), case.inputs()
     adapter = case.adapter(model)
