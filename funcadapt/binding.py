@@ -20,6 +20,7 @@ from funcadapt.errors import AdapterError, SiteError, did_you_mean
 from funcadapt.many import Grouped, Routed
 from funcadapt.method import Method, method_of
 from funcadapt.rows import Rows
+from funcadapt.sharing import SHARED, shared_of
 from funcadapt.sites import Site, describe
 
 TOKENS, TOKEN_INDICES = "trainable_tokens_delta", "token_indices"
@@ -222,23 +223,39 @@ def bind(model: nn.Module, entries: Sequence[tuple[str, Entry, Weight]], state: 
                 places = {**places, **plan(model, (path,), state)}
         bound.places.update(places)
         keys = method.keys.keys()
+        shared = shared_of(method, params, buffers)
         for path, place in places.items():
             leaves, frozen = params.get(path, _NONE), buffers.get(path, _NONE)
+            if shared and path == SHARED:
+                leaves = {name: leaf for name, leaf in leaves.items() if name not in shared}
+                frozen = {name: leaf for name, leaf in frozen.items() if name not in shared}
             # usually all leaves are the method's
             usual = leaves and keys >= leaves.keys()
             own = leaves if usual else _own_leaves(place, method, leaves, w, bound, frozen, rows)
-            if own:
+            # a site can be without trained leaves of its own, where sites share what is trained
+            if own or (shared and any(name not in place.module._buffers for name in frozen)):
                 if place.site is None or place.site.kind not in method.kinds:
                     raise SiteError(
                         f"{method.name} cannot act at {path!r}, which is a {type(place.module).__name__}. Was this "
                         "adapter made for another model?"
                     )
                 p = {**own, **frozen}
+                axis = int(rows is not None)
                 if place.site.experts == 1:  # its leaves have no expert axis: a checkpoint cannot tell it from 2-D
-                    axis = int(rows is not None)
                     p = {name: leaf.unsqueeze(axis) if leaf.ndim > axis else leaf for name, leaf in p.items()}
+                if shared:
+                    experts = place.site.experts
+                    p = {**(_with_experts(shared, experts, axis) if experts else shared), **p}
                 bound.levels.setdefault(path, []).append(Level(method, adapter.config, p, w, rows))
     return bound
+
+
+def _with_experts(shared: Mapping[str, Tensor], experts: int, axis: int) -> Mapping[str, Tensor]:
+    """What sites share, with the expert axis that the leaves of such a site have: a view."""
+    return {
+        name: leaf.unsqueeze(axis).expand(*leaf.shape[:axis], experts, *leaf.shape[axis:])
+        for name, leaf in shared.items()
+    }
 
 
 def _own_leaves(

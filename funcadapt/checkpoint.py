@@ -20,13 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from funcadapt.adapter import Adapter
+from funcadapt.adapter import Adapter, TensorTree
 from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.config import AdapterConfig, config_from_dict
 from funcadapt.errors import AdapterError, AdapterFileError, SiteError, TargetError
 from funcadapt.init import token_table
 from funcadapt.keys import buffer_keys, decode, encode
-from funcadapt.method import method_of
+from funcadapt.method import Draw, Method, method_of
+from funcadapt.sharing import SHARED, Tree, complete, shared_of
+from funcadapt.sites import Site
 from funcadapt.targeting import names_match, sites, whole_names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,10 +72,7 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         raise AdapterFileError(f"Provided path ({folder}) should be a directory, not a file.")
     method = method_of(adapter.config)
     config = method.describe(adapter.config, {path: adapter.leaves(path) for path in adapter.params})
-    if method.stored is not None:
-        stored = {path: method.stored(config, path, adapter.leaves(path)) for path in adapter.params}
-        adapter = adapter.replace(params={path: {**p, **stored[path]} for path, p in adapter.params.items()})
-    tensors, order = encode(adapter, method)
+    tensors, order = encode(adapter.replace(params=_saved(adapter, method, config)), method)
     metadata = {"format": "pt"}
     unusual = [key for key in buffer_keys(adapter) if key in tensors]
     if unusual:
@@ -85,6 +84,23 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     text = json.dumps(dict(sorted(values.items())), indent=2)  # not sort_keys: the first rank_pattern wins
     folder.mkdir(parents=True, exist_ok=True)
     write_all(folder, {WEIGHTS: to_bytes(content, metadata), CONFIG: text.encode()})
+
+
+def _saved(adapter: Adapter, method: Method, config: AdapterConfig) -> TensorTree:
+    """The leaves that a checkpoint holds, in the form in which it does."""
+    if method.stored is None and not method.constants:
+        return adapter.params
+    saved: dict[str, dict[str, Tensor]] = {}
+    for path in {**adapter.params, **adapter.buffers}:
+        names = method.shared if path == SHARED else method.keys
+        frozen = adapter.buffers.get(path, {})
+        constants = {name: leaf for name, leaf in frozen.items() if method.is_constant(name) and name in names}
+        leaves = {**adapter.params.get(path, {}), **constants}
+        stored = {} if method.stored is None else method.stored(config, path, adapter.leaves(path))
+        kept = {name: leaf for name, leaf in {**leaves, **stored}.items() if leaf is not None}
+        if kept:
+            saved[path] = kept
+    return saved
 
 
 def write_all(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -168,12 +184,17 @@ def load(
         order, known = names_in(metadata, "target_parameters"), names_in(metadata, "buffers")
         params, buffers = decode(tensors, config, method, order, model, known or ())
         plain = method.buffers(config)
-        for path, leaves in params.items():
+        if shared := shared_of(method, params, buffers):
+            method.check(config, SHARED, shared)
+        for path in (*params, *(path for path in buffers if path not in params)) if method.constants else params:
+            leaves = params.get(path, {})
+            if method.constants:
+                leaves = {**leaves, **buffers.get(path, {})}
             own = {name: leaf for name, leaf in leaves.items() if name in method.keys}
             if own:
                 at = config.at(path)
                 method.check(at, path, own)
-                like = next(iter(own.values())).dtype
+                like = next((leaf.dtype for leaf in own.values() if leaf.is_floating_point()), torch.float32)
                 if at is not config:
                     derived = method.buffers(at)
                 elif any(v.dtype != like for v in plain.values()):  # converted once for all sites of one dtype
@@ -184,6 +205,8 @@ def load(
                     made = {k: v.to(like, copy=True) for k, v in derived.items()}
                     buffers.setdefault(path, {}).update(made)
         _token_indices(config, params, buffers)
+        if method.derive is not None or method.share is not None:
+            _complete(method, config, (params, buffers), model)
     except AdapterFileError:
         raise
     except SiteError as error:
@@ -194,6 +217,27 @@ def load(
     if model is not None:
         _check_against(model, adapter, folder)
     return adapter if dtype is None and device is None else adapter.to(dtype=dtype, device=device)
+
+
+def _complete(method: Method, config: AdapterConfig, trees: tuple[Tree, Tree], model: nn.Module | None) -> None:
+    """Add what the file does not hold, as it follows from the config and the model."""
+    if model is None:
+        if method.complete(config):
+            return
+        raise AdapterFileError(
+            f"A checkpoint of {method.name} does not hold all that it needs: the rest follows from the model. Pass it: "
+            "fa.load(directory, model=model)."
+        )
+    like = next(leaf for tree in trees for leaves in tree.values() for leaf in leaves.values())
+    table = sites(model, config, strict=False)
+
+    def draw_of(site: Site) -> Draw:
+        own = (leaf for tree in trees for leaf in tree.get(site.path, {}).values() if leaf.is_floating_point())
+        return Draw(None, next(own, like).dtype, like.device)
+
+    missing = complete(model, method, config, table, trees, draw_of)
+    if missing:
+        raise SiteError(f"The file lacks {missing[0]!r}, which all sites share.")
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -318,7 +362,7 @@ def _check_against(model: nn.Module, adapter: Adapter, folder: Path) -> None:
         expected |= set(token_table(adapter.config, model))
     except (SiteError, TargetError) as error:
         raise AdapterFileError(f"{folder} does not fit this model: {error}") from error
-    missing = sorted(expected - set(adapter.params))
+    missing = sorted(expected - set(adapter.params) - set(adapter.buffers))
     if missing:
         raise AdapterFileError(f"{folder / WEIGHTS} lacks the site {missing[0]!r} ({len(missing)} in all).")
     method = method_of(adapter.config)

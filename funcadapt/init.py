@@ -17,7 +17,8 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, TargetError, did_you_mean
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of
-from funcadapt.sites import Site
+from funcadapt.sharing import SHARED, complete, stacked
+from funcadapt.sites import Site, one_expert
 from funcadapt.targeting import is_saved, model_type, names_match, sites, whole_names
 
 Trees = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]
@@ -110,7 +111,14 @@ def init_with_base(
     """
     table = sites(model, config, expect=expect)  # of the given config: a default's names may be unused
     config = _with_name(config.for_model(model_type(model)), model)
-    return initialise(model, config, table, lambda site, at: _draw(site, seed, dtype, device), device=device)
+    return initialise(
+        model,
+        config,
+        table,
+        lambda site, at: _draw(site, seed, dtype, device),
+        shared_draw=lambda site: _draw(dataclasses.replace(site, path=SHARED), seed, dtype, device),
+        device=device,
+    )
 
 
 def initialise(
@@ -119,6 +127,7 @@ def initialise(
     table: Sequence[Site],
     draw_of: Callable[[Site, Any], Draw],
     *,
+    shared_draw: Callable[[Site], Draw] | None = None,
     device: torch.device | str | None = None,
     strict: bool = True,
 ) -> tuple[Adapter, dict[str, Tensor]]:
@@ -129,6 +138,7 @@ def initialise(
         config: the config, with the model's defaults filled in.
         table: the sites.
         draw_of: (site, the config at it) -> where its numbers come from.
+        shared_draw: (first site) -> where those come from that all sites share; by default as those of the site.
         device: device of the parameters that the adapter holds in full.
         strict: whether a name in `modules_to_save` that matches nothing is an error.
 
@@ -150,11 +160,16 @@ def initialise(
         if corrected is not None:
             base[site.weight_name] = layer.stored(corrected)
         made = _without_single_expert_axis(site, made)
-        params[site.path], buffers[site.path] = dict(method.layout(made.params)), made.buffers
+        if made.params:
+            params[site.path] = dict(method.layout(made.params))
+        buffers[site.path] = made.buffers
+    complete(model, method, config, table, (params, buffers), shared_draw or (lambda site: draw_of(site, config)))
     _whole_parameters(model, config, table, (params, buffers), device, strict)
     _token_rows(model, config, (params, buffers), device)
     if not params:
         raise TargetError("The config selects nothing to train.")
+    if SHARED in params:  # first, as it acts everywhere
+        params = {SHARED: params.pop(SHARED), **params}
     return Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config), base
 
 
@@ -188,14 +203,9 @@ def fresh(method: Method, site: Site, config: Any, draw: Draw, weight: Callable[
     """
     if not site.stack or method.inits_experts:
         return method.init(site, config, draw, weight)
-    kind: Any = "parameter"
-    one = dataclasses.replace(site, kind=kind, experts=0)
+    one = one_expert(site)
     every = [method.init(one, config, draw, lambda e=e: weight()[e]) for e in range(site.experts)]
-
-    def together(leaves: Sequence[Leaf]) -> dict[str, Tensor]:
-        return {k: torch.stack([p[k] for p in leaves]) if v.ndim else v for k, v in leaves[0].items()}
-
-    return Fresh(together([e.params for e in every]), together([e.buffers for e in every]))
+    return Fresh(stacked([e.params for e in every]), stacked([e.buffers for e in every]))
 
 
 def _without_single_expert_axis(site: Site, fresh: Fresh) -> Fresh:

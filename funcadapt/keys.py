@@ -13,6 +13,7 @@ outermost: the key tells the depth, not the parameter's name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,14 +23,16 @@ from funcadapt.adapter import Adapter
 from funcadapt.binding import TOKENS
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterFileError, did_you_mean
-from funcadapt.method import Method
+from funcadapt.method import Method, StarredKeys
+from funcadapt.sharing import SHARED, Tree
 from funcadapt.targeting import is_saved, names_match
 
-PREFIX = "base_model.model."
+_ROOT = "base_model."
+PREFIX = f"{_ROOT}model."
 _PACKED = "in_proj_weight"
 _BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
-Trees = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]
+Trees = tuple[Tree, Tree]
 
 
 def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[str]]:
@@ -45,7 +48,7 @@ def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[st
     Raises:
         AdapterFileError: if two leaves would get the same key.
     """
-    paths = list(adapter.params)
+    paths = [path for path in adapter.params if path]
     owners: dict[str, list[str]] = {}
     for path in paths:
         own = {name: leaf for name, leaf in adapter.params[path].items() if name in method.keys}
@@ -54,6 +57,9 @@ def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[st
     tensors: dict[str, Tensor] = {}
     for path in {**adapter.params, **adapter.buffers}:
         leaves = adapter.params.get(path, {})
+        if path == SHARED and method.shared:
+            tensors |= {_ROOT + method.shared[name]: leaf for name, leaf in leaves.items() if name in method.shared}
+            leaves = {name: leaf for name, leaf in leaves.items() if name not in method.shared}
         own = {name: leaf for name, leaf in leaves.items() if name in method.keys}
         where = _module_key(path, adapter.params, owners)
         for name, leaf in method.pack(own).items():
@@ -132,26 +138,35 @@ def decode(
         AdapterFileError: if a key is unexpected, or cannot be told without the model.
     """
     by_module: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
     params: dict[str, dict[str, Tensor]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
     wrappers: dict[str, str] = {}
-    suffixes = {f".{suffix}": leaf for leaf, suffix in method.keys.items()}
+    names = {key: leaf for leaf, key in method.keys.items()}
+    suffixes = tuple(f".{key}" for key in names)
+    in_common = {key: leaf for leaf, key in method.shared.items()}
     for key, tensor in tensors.items():
         short = key.removeprefix(PREFIX)
+        if key != short and short in tensors:
+            raise AdapterFileError(f"{short!r} is there twice, with and without the prefix {PREFIX!r}.")
+        leaf = _shared_leaf(key.removeprefix(_ROOT), in_common) if in_common and key == short else None
+        if leaf is not None:
+            _check_dtype(method, SHARED, leaf, tensor)
+            shared[leaf] = tensor
+            continue
         suffix = None
         for candidate in suffixes:
             if short.endswith(candidate):
                 suffix = candidate
-        if key != short and short in tensors:
-            raise AdapterFileError(f"{short!r} is there twice, with and without the prefix {PREFIX!r}.")
-        if suffix is not None:
-            module, leaf = short[: -len(suffix)], suffixes[suffix]
-            _check_floating(module, leaf, tensor)
+        numbered = _numbered(short, names) if suffix is None and isinstance(method.keys, StarredKeys) else None
+        if suffix is not None or numbered is not None:
+            module, leaf = numbered or (short[: -len(suffix or "")], names[(suffix or "")[1:]])
+            _check_dtype(method, module, leaf, tensor)
             by_module.setdefault(module, {})[leaf] = tensor
             continue
         path, _, name = short.rpartition(".")
         if name == TOKENS and path.endswith(".token_adapter"):
-            _check_floating(path.removesuffix(".token_adapter"), name, tensor)
+            _check_dtype(method, path.removesuffix(".token_adapter"), name, tensor)
             params.setdefault(path.removesuffix(".token_adapter"), {})[TOKENS] = tensor
             continue
         if name == "bias" and _is_copy(config, path):
@@ -167,14 +182,16 @@ def decode(
             )
         buffer = key in known_buffers or _is_buffer(path, name, tensor, model)
         (buffers if buffer else params).setdefault(path, {})[name] = tensor
-    if not by_module and not params:
+    if not by_module and not params and not shared:
         raise AdapterFileError("The file holds no tensors of an adapter.")
     for module, leaves in by_module.items():
         path, parameter = _site_path(module, by_module, config, order, model)
-        leaves = method.unpack(config.at(path), leaves) if parameter else leaves
-        own = method.layout({n: leaves[n] for n in method.keys if n in leaves})
-        params[path] = {**own, **params.get(path, {})}
+        leaves = method.restore(config, path, method.unpack(config.at(path), leaves) if parameter else leaves)
+        own = method.layout({n: leaves[n] for n in _in_order(method, leaves)})
+        _sort(method, path, own, params, buffers)
         wrappers.pop(path, None)
+    if shared:
+        _sort(method, SHARED, method.restore(config, SHARED, shared), params, buffers)
     if wrappers:
         first = next(iter(wrappers.values()))
         raise AdapterFileError(f"Unexpected key {first!r}: its layer has no adapter in the file.")
@@ -188,8 +205,45 @@ def _is_copy(config: AdapterConfig, path: str) -> bool:
     return every and part in ("modules_to_save", "original_module") and is_saved(config, head)
 
 
-def _check_floating(path: str, leaf: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
+def _in_order(method: Method, leaves: Mapping[str, Tensor]) -> list[str]:
+    """The names of a method's leaves in the method's order, numbered ones after."""
+    named = [name for name in method.keys if name in leaves]
+    return named + sorted(leaves.keys() - set(named), key=lambda name: (name.rpartition(".")[0], len(name), name))
+
+
+def _sort(method: Method, path: str, leaves: Mapping[str, Tensor], params: Tree, buffers: Tree) -> None:
+    """Leaves of a file into the two trees."""
+    trained = {name: leaf for name, leaf in leaves.items() if not method.is_constant(name)}
+    if trained:
+        params[path] = {**trained, **params.get(path, {})}
+    if len(trained) < len(leaves):
+        frozen = {name: leaf for name, leaf in leaves.items() if name not in trained}
+        buffers[path] = {**frozen, **buffers.get(path, {})}
+
+
+def _shared_leaf(key: str, names: Mapping[str, str]) -> str | None:
+    """The leaf that sites share, of a key without a prefix; None if it is none."""
+    if key in names:
+        return names[key]
+    for name, leaf in names.items():
+        stem = name.removesuffix("*")
+        if stem != name and key.startswith(stem) and "." not in key[len(stem) :]:
+            return leaf.removesuffix("*") + key[len(stem) :]
+    return None
+
+
+def _numbered(key: str, names: Mapping[str, str]) -> tuple[str, str] | None:
+    """The module and the leaf of a key with a number in it; None if it is none."""
+    for name, leaf in names.items():
+        before, star, after = name.partition("*")
+        found = re.fullmatch(rf"(.+)\.{re.escape(before)}(\d+){re.escape(after)}", key) if star else None
+        if found:
+            return found[1], leaf.replace("*", found[2])
+    return None
+
+
+def _check_dtype(method: Method, path: str, leaf: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() and not method.is_constant(leaf):
         raise AdapterFileError(f"The site {path!r} has {leaf!r} of {tensor.dtype}, expected floating-point numbers.")
 
 

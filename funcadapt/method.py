@@ -19,7 +19,7 @@ strict about shapes: reshape a leaf to the size that the site has, so that a wro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -36,11 +36,44 @@ if TYPE_CHECKING:
 Leaf = Mapping[str, Tensor]
 
 
+class StarredKeys(dict[str, str]):
+    """Names of leaves -> names in a checkpoint, where a last part that is a star stands for a number or a word."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a leaf has a name."""
+        return isinstance(name, str) and (super().__contains__(name) or self._pattern(name) is not None)
+
+    def __missing__(self, name: str) -> str:
+        """The name of a numbered leaf."""
+        pattern = self._pattern(name)
+        if pattern is None:
+            raise KeyError(name)
+        return self[pattern].replace("*", name.rpartition(".")[2], 1)
+
+    def _pattern(self, name: str) -> str | None:
+        stem, _, number = name.rpartition(".")
+        return f"{stem}.*" if number and super().__contains__(f"{stem}.*") else None
+
+
 class Fresh(NamedTuple):
     """What `init` returns for one site."""
 
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
+
+
+class Shared(NamedTuple):
+    """What `share` returns for all sites of one adapter together.
+
+    Attributes:
+        params: trained leaves that all sites have in common.
+        buffers: frozen ones.
+        at: path -> frozen leaves of single sites that depend on the other sites, and that are in no checkpoint.
+    """
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    at: dict[str, dict[str, Tensor]]
 
 
 class InitFn(Protocol):
@@ -54,6 +87,29 @@ class InitFn(Protocol):
             config: the config, patterns resolved for this site.
             draw: makes tensors of the right dtype and device from the site's own random stream.
             weight: gives the base weight in canonical form, (out, in, *kernel), for inits that depend on it.
+        """
+        ...
+
+
+class DeriveFn(Protocol):
+    """Computes the frozen leaves of one site that no checkpoint holds."""
+
+    def __call__(self, site: Site, config: Any, draw: Draw, weight: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Return the leaves. Nothing is drawn but from generators that the config seeds. Arguments as in `InitFn`."""
+        ...
+
+
+class ShareFn(Protocol):
+    """Draws what the sites of one adapter have in common."""
+
+    def __call__(self, sites: Sequence[Site], config: Any, draw: Draw, weight: Callable[[Site], Tensor]) -> Shared:
+        """Return the leaves.
+
+        Args:
+            sites: all sites, in model order.
+            config: the config, patterns not resolved.
+            draw: makes tensors of the dtype and device of the first site.
+            weight: gives the base weight of a site in canonical form.
         """
         ...
 
@@ -111,6 +167,10 @@ def _identity(leaves: Leaf) -> Leaf:
 
 
 def _second(config: Any, leaves: Leaf) -> Leaf:
+    return leaves
+
+
+def _third(config: Any, path: str, leaves: Leaf) -> Leaf:
     return leaves
 
 
@@ -179,7 +239,8 @@ class Method:
         name: its name for people.
         config: the config class that selects it.
         kinds: the layer kinds that it supports.
-        keys: leaf name -> name in a PEFT checkpoint, after the module's path.
+        keys: leaf name -> name in a PEFT checkpoint, after the module's path. A star in both stands for a number:
+            "peanut_encoders.*" are the leaves "peanut_encoders.0" and so on.
         init: draws the leaves of a site.
         weight: the dense form.
         before: the hook on the input, if the method has one.
@@ -189,7 +250,17 @@ class Method:
         buffers: the 0-d leaves that follow from the config (LoRA's scaling). They are not in checkpoints.
         describe: the config that the leaves say, e.g. after a sweep changed a scaling. Used when saving.
         stored: (config, path, leaves of one site) -> those that a checkpoint of that config holds in another form, such
-            as less the rows that AdaLoRA pruned. None if it holds all as they are.
+            as less the rows that AdaLoRA pruned; None for a leaf that it does not hold. None if it holds all as they
+            are. The path is "" for the leaves that sites share.
+        restore: the inverse of `stored` for one site of a file; a leaf that the site lacks may be there, or not.
+        constants: leaves that are never trained: `init` returns them as buffers. Those in `keys` are in checkpoints.
+        derive: the frozen leaves that are in no checkpoint, as they follow from the config, the site and the base
+            weight. `fa.load` needs the model then.
+        complete: whether a checkpoint of a config holds all that the hooks need, so that it can be read without the
+            model although something is derived or shared.
+        share: draws what all sites have in common: trained and frozen leaves at the path "" of the adapter's trees,
+            which the hooks see among those of each site.
+        shared: the names of those leaves -> their names in a PEFT checkpoint, after "base_model.".
         check: raises SiteError if the leaves of one site, read from a file, are incomplete or do not fit the config
             or each other.
         layout: the same leaves in the memory layout in which the hooks are fastest. Applied when they are made or read.
@@ -227,7 +298,13 @@ class Method:
     when: Callable[[Any], bool] = _always
     buffers: Callable[[Any], dict[str, Tensor]] = _no_buffers
     describe: Callable[[Any, Mapping[str, Leaf]], Any] = _keep
-    stored: Callable[[Any, str, Leaf], Leaf] | None = None
+    stored: Callable[[Any, str, Leaf], Mapping[str, Tensor | None]] | None = None
+    restore: Callable[[Any, str, Leaf], Leaf] = _third
+    constants: frozenset[str] = frozenset()
+    derive: DeriveFn | None = None
+    complete: Callable[[Any], bool] = lambda config: False
+    share: ShareFn | None = None
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     check: Callable[[Any, str, Leaf], None] = _accept
     layout: Callable[[Leaf], Leaf] = _identity
     pack: Callable[[Leaf], Leaf] = _identity
@@ -244,6 +321,15 @@ class Method:
     algebra: Algebra | None = None
     view: View | None = None
     inits_experts: bool = False
+
+    def is_constant(self, leaf: str) -> bool:
+        """Whether a leaf is never trained."""
+        return leaf in self.constants or f"{leaf.rpartition('.')[0]}.*" in self.constants
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "shared"):
+            if any("*" in key for key in getattr(self, name)):
+                object.__setattr__(self, name, StarredKeys(getattr(self, name)))
 
 
 class Draw:

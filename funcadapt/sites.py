@@ -72,6 +72,11 @@ class Site:
         return torch.Size(self.shape).numel() * max(1, self.experts)
 
 
+def one_expert(site: Site) -> Site:
+    """The site of a single one of several experts: a plain 2-D parameter."""
+    return dataclasses.replace(site, kind="parameter", experts=0)
+
+
 class SiteTable(Sequence[Site]):
     """The sites that a config selects, in model order. Prints as a table."""
 

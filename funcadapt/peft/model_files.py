@@ -247,7 +247,7 @@ class FilesMixin(AroundTuner):
             raise
         if added and is_trainable:
             self.base_model.set_requires_grad(adapter_name)
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(self.peft_config[adapter_name].peft_type, "")
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(self.peft_config[adapter_name].peft_type or "", "")
         result.missing_keys[:] = [key for key in result.missing_keys if prefix in key and adapter_name in key]
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not is_trainable:

@@ -1,0 +1,97 @@
+"""Leaves that a site does not have to itself: what all sites of an adapter share, and what follows from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcadapt.config import AdapterConfig
+from funcadapt.layer import Layer
+from funcadapt.method import Draw, Leaf, Method
+from funcadapt.sites import Site, one_expert
+
+SHARED = ""
+"""The path of what sites share, in an adapter's trees."""
+
+Tree = dict[str, dict[str, Tensor]]
+
+
+def stacked(leaves: Sequence[Leaf]) -> dict[str, Tensor]:
+    """The leaves of experts with an expert axis; 0-d ones are the same for all."""
+    return {k: torch.stack([p[k] for p in leaves]) if v.ndim else v for k, v in leaves[0].items()}
+
+
+def shared_of(method: Method, params: Mapping[str, Leaf], buffers: Mapping[str, Leaf]) -> dict[str, Tensor]:
+    """The leaves that all sites see.
+
+    Args:
+        method: the method.
+        params: the adapter's trees.
+        buffers: likewise.
+
+    Returns:
+        Leaf name -> tensor; empty for most methods.
+    """
+    if not method.shared:
+        return {}
+    both = {**params.get(SHARED, {}), **buffers.get(SHARED, {})}
+    return {name: leaf for name, leaf in both.items() if name in method.shared}
+
+
+def complete(
+    model: nn.Module,
+    method: Method,
+    config: AdapterConfig,
+    table: Sequence[Site],
+    trees: tuple[Tree, Tree],
+    draw_of: Callable[[Site], Draw],
+) -> list[str]:
+    """Add what sites share and what follows from the model, where it is not there yet.
+
+    Args:
+        model: the model, not changed.
+        method: the method.
+        config: the adapter's config.
+        table: the sites, in model order.
+        trees: params and buffers, changed in place.
+        draw_of: gives the draw of a site. What sites share is drawn at the first one.
+
+    Returns:
+        The names of the trained leaves that had to be made, which a checkpoint should have had.
+    """
+    params, buffers = trees
+    layers: dict[str, Layer] = {}
+
+    def weight(site: Site) -> Tensor:
+        if site.path not in layers:
+            layers[site.path] = Layer(site, model.get_submodule(site.owner), config)
+        return layers[site.path].weight.detach()
+
+    made: list[str] = []
+    if method.share is not None and table:
+        shared = method.share(table, config, draw_of(table[0]), weight)
+        for tree, leaves in ((params, shared.params), (buffers, shared.buffers)):
+            there = tree.get(SHARED, {})
+            made += [name for name in leaves if name not in there and tree is params]
+            if leaves:
+                tree[SHARED] = {**leaves, **there}
+        for path, leaves in shared.at.items():
+            buffers[path] = {**leaves, **buffers.get(path, {})}
+    if method.derive is not None:
+        for site in table:
+            derived = _derived(method, site, config.at(site.path), draw_of(site), lambda site=site: weight(site))
+            buffers[site.path] = {**derived, **buffers.get(site.path, {})}
+    return made
+
+
+def _derived(method: Method, site: Site, config: Any, draw: Draw, weight: Callable[[], Tensor]) -> dict[str, Tensor]:
+    derive = method.derive
+    assert derive is not None
+    if not site.stack:
+        return derive(site, config, draw, weight)
+    one = one_expert(site)
+    made = stacked([derive(one, config, draw, lambda e=e: weight()[e]) for e in range(site.experts)])
+    return {k: v.squeeze(0) if v.ndim else v for k, v in made.items()} if site.experts == 1 else made
