@@ -245,12 +245,12 @@ def bind(model: nn.Module, entries: Sequence[tuple[str, Entry, Weight]], state: 
                     p = {name: leaf.unsqueeze(axis) if leaf.ndim > axis else leaf for name, leaf in p.items()}
                 if shared:
                     experts = place.site.experts
-                    p = {**(_with_experts(shared, experts, axis) if experts else shared), **p}
+                    p = {**(with_experts(shared, experts, axis) if experts else shared), **p}
                 bound.levels.setdefault(path, []).append(Level(method, adapter.config, p, w, rows))
     return bound
 
 
-def _with_experts(shared: Mapping[str, Tensor], experts: int, axis: int) -> Mapping[str, Tensor]:
+def with_experts(shared: Mapping[str, Tensor], experts: int, axis: int) -> Mapping[str, Tensor]:
     """What sites share, with the expert axis that the leaves of such a site have: a view."""
     return {
         name: leaf.unsqueeze(axis).expand(*leaf.shape[:axis], experts, *leaf.shape[axis:])

@@ -96,8 +96,10 @@ def _saved(adapter: Adapter, method: Method, config: AdapterConfig) -> TensorTre
         frozen = adapter.buffers.get(path, {})
         constants = {name: leaf for name, leaf in frozen.items() if method.is_constant(name) and name in names}
         leaves = {**adapter.params.get(path, {}), **constants}
-        stored = {} if method.stored is None else method.stored(config, path, adapter.leaves(path))
-        kept = {name: leaf for name, leaf in {**leaves, **stored}.items() if leaf is not None}
+        other: Mapping[str, Tensor | None] = {}
+        if method.stored is not None:
+            other = method.stored(config, path, adapter.leaves(path))
+        kept = {name: leaf for name, leaf in {**leaves, **other}.items() if leaf is not None}
         if kept:
             saved[path] = kept
     return saved

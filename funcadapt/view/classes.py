@@ -7,7 +7,7 @@ from typing import Any
 
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import Method, View, methods
-from funcadapt.view.holding import family_addresses, view_of
+from funcadapt.view.holding import DERIVED, family_addresses, is_derived, view_of
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.through import AttentionLayer, ParameterLayer
 
@@ -73,6 +73,7 @@ def family(package: str) -> type[AdapterLayer]:
 def _family(view: View) -> type[AdapterLayer]:
     names = tuple(dict.fromkeys(address.container for address in family_addresses(view)))
     others = (*view.attributes, *view.derived, *((view.dropout,) if view.dropout else ()))
+    others += (DERIVED,) if is_derived(view) else ()
     return _class(
         f"{view.name}Layer",
         (family(view.extends) if view.extends else AdapterLayer,),

@@ -6,16 +6,19 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from funcadapt._torch import named_modules
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, did_you_mean
+from funcadapt.keys import PREFIX
 from funcadapt.method import Leaf
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
-from funcadapt.view.holding import addresses
+from funcadapt.view.holding import Address
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.walking import view_state
+
+_ROOT = "base_model."
 
 # names that torch's wrappers put into the paths of modules, but not into the keys of a state dict
 _SHARDING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -57,6 +60,7 @@ class Entries:
         layers: every adapter layer and its path in the state dict.
         wrappers: every auxiliary wrapper likewise.
         own: what the adapter has at each layer. Layers in auxiliary wrappers are theirs.
+        shared: what its layers share: leaf -> (key in a checkpoint, key in the state dict).
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -69,17 +73,20 @@ class Entries:
                 self.wrappers.append((state_path(live), module))
         within = tuple(f"{path}." for path, _ in self.wrappers)
         self.own: list[Own] = []
+        self.shared: dict[str, tuple[str, str]] = {}
         for path, layer in self.layers:
             if name in layer.adapters and not path.startswith(within):
                 held = layer.adapters[name]
-                keys, named = held.method.keys, [a for a in addresses(held.method) if a.leaf in held.method.keys]
-                self.own.append(
-                    Own(
-                        layer,
-                        path,
-                        {a.leaf: (join(path, keys[a.leaf]), join(path, a.container, name, a.rest)) for a in named},
-                    )
-                )
+                named = [a for a in layer.addresses_of(name, held) if a.leaf in held.method.keys]
+                keys = {a.leaf: (join(path, held.method.keys[a.leaf]), _held_key(path, a, name)) for a in named}
+                self.own.append(Own(layer, path, keys))
+                if held.method.shared and not self.shared:
+                    root = _ROOT if path.startswith(PREFIX) else ""
+                    self.shared = {
+                        a.leaf: (root + held.method.shared[a.leaf], _held_key(path, a, name))
+                        for a in layer.addresses_of(name, held)
+                        if a.leaf in held.method.shared
+                    }
 
     def layer_places(self) -> Iterator[tuple[str, str]]:
         """Every place where a layer holds something of an adapter: (prefix of its keys, the adapter's name)."""
@@ -89,6 +96,10 @@ class Entries:
         """Every place where the model holds something of an adapter, auxiliary wrappers included."""
         yield from self.layer_places()
         yield from _places((path, wrapper, wrapper.available_adapters) for path, wrapper in self.wrappers)
+
+
+def _held_key(path: str, address: Address, name: str) -> str:
+    return join(path, address.container, name, address.rest)
 
 
 def _places(found: Iterable[tuple[str, Any, Iterable[str]]]) -> Iterator[tuple[str, str]]:
@@ -135,9 +146,13 @@ def reduced(layer: AdapterLayer, name: str, config: AdapterConfig, leaves: Leaf)
     if method.stored is None or not leaves:
         return leaves
     if layer.site.kind not in ("parameter", "experts"):
-        return {**leaves, **method.stored(config, path, leaves)}
+        return _kept({**leaves, **method.stored(config, path, leaves)})
     inner = method.unpack(config.at(path), leaves)
-    return method.pack({**inner, **method.stored(config, path, inner)})
+    return method.pack(_kept({**inner, **method.stored(config, path, inner)}))
+
+
+def _kept(leaves: Mapping[str, Tensor | None]) -> Leaf:
+    return {leaf: value for leaf, value in leaves.items() if value is not None}
 
 
 def without_name(key: str, name: str, places: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ A key of a checkpoint, "lora_A.weight", becomes `lora_A.<adapter>.weight`: the e
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +53,16 @@ def view_of(method: Method) -> View:
     return View(package=method.config.peft_type.lower(), name=name, prefix=prefix)
 
 
+DERIVED = "derived_leaves"
+"""The dict of a layer for leaves that no checkpoint holds, see `Method.derive`."""
+
+
 @functools.cache
 def addresses(method: Method) -> tuple[Address, ...]:
-    """Where each leaf of a method is held."""
+    """Where each leaf of a method can be held. A star stands for what the leaves are numbered by."""
     view = view_of(method)
-    names = {**method.keys, **{leaf: held for leaf, held in view.held.items() if leaf in method.keys}}
+    names = {**method.keys, **method.shared}
+    names |= {leaf: held for leaf, held in view.held.items() if leaf in names}
     names |= {leaf: view.held.get(leaf, leaf) for leaf in view.frozen | view.buffers if leaf not in names}
     return tuple(Address(leaf, name.partition(".")[0], name.partition(".")[2]) for leaf, name in names.items())
 
@@ -70,15 +75,31 @@ def family_addresses(view: View) -> tuple[Address, ...]:
     return tuple(sorted(found, key=lambda a: order.get(a.container, len(order))))
 
 
+@functools.cache
+def is_derived(view: View) -> bool:
+    """Whether layers hold leaves that no checkpoint holds."""
+    own = [method for method in methods() if view_of(method) is view]
+    return any(method.derive is not None or method.share is not None for method in own)
+
+
+@functools.cache
+def shared_containers(view: View) -> tuple[str, ...]:
+    """The dicts that all layers of a model have in common."""
+    own = [method for method in methods() if view_of(method) is view]
+    return tuple({a.container: None for method in own for a in addresses(method) if a.leaf in method.shared})
+
+
 def new_containers(view: View) -> dict[str, nn.Module]:
     """The empty dicts of a layer, by name."""
     made: dict[str, nn.Module] = {}
+    constants = {leaf for method in methods() if view_of(method) is view for leaf in method.constants}
     for leaf, container, rest in family_addresses(view):
         if container not in made:
-            plain = BufferDict(persistent=True) if leaf in view.buffers else nn.ParameterDict()
+            plain = BufferDict(persistent=True) if leaf in view.buffers | constants else nn.ParameterDict()
             made[container] = nn.ModuleDict() if rest else plain
     made |= {name: kind() for name, kind in view.empty.items()}
-    return {name: made[name] for name in dict.fromkeys((*view.containers, *made)) if name in made}
+    made = {name: made[name] for name in dict.fromkeys((*view.containers, *made)) if name in made}
+    return {**made, DERIVED: nn.ModuleDict()} if is_derived(view) else made
 
 
 class Entry(nn.Module):
@@ -102,7 +123,14 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return made
 
 
-def entry_of(view: View, site: Site, base: nn.Module, container: str, parts: Mapping[str, Tensor]) -> nn.Module:
+def entry_of(
+    view: View,
+    site: Site,
+    base: nn.Module,
+    container: str,
+    parts: Mapping[str, Tensor],
+    buffers: Set[str] = frozenset(),
+) -> nn.Module:
     """The entry of a ModuleDict for the leaves in it.
 
     Args:
@@ -111,6 +139,7 @@ def entry_of(view: View, site: Site, base: nn.Module, container: str, parts: Map
         base: the layer that is wrapped.
         container: the dict's name.
         parts: the rest of each leaf's name -> value.
+        buffers: those of them that are held as buffers.
 
     Returns:
         The module.
@@ -123,14 +152,21 @@ def entry_of(view: View, site: Site, base: nn.Module, container: str, parts: Map
         return linear(weight, parts.get("bias"))
     made = Entry(view.entries.get(f"{container}:{site.kind}", view.entries.get(container, "")))
     for name, value in parts.items():
-        owner: nn.Module = made
-        *path, last = name.split(".")
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, Entry())
-            owner = owner.get_submodule(part)
-        owner.register_parameter(last, nn.Parameter(value))
+        owner, last = _owner(made, name)
+        if name in buffers:
+            owner.register_buffer(last, value)
+        else:
+            owner.register_parameter(last, nn.Parameter(value))
     return made
+
+
+def _owner(entry: nn.Module, name: str) -> tuple[nn.Module, str]:
+    *path, last = name.split(".")
+    for part in path:
+        if part not in entry._modules:
+            entry.add_module(part, Entry())
+        entry = entry._modules[part]  # pyright: ignore[reportAssignmentType]
+    return entry, last
 
 
 def put(layer: nn.Module, method: Method, site: Site, base: nn.Module, name: str, leaves: Mapping[str, Tensor]) -> None:
@@ -146,19 +182,73 @@ def put(layer: nn.Module, method: Method, site: Site, base: nn.Module, name: str
     """
     view = view_of(method)
     grouped: dict[str, dict[str, Tensor]] = {}
-    for leaf, container, rest in addresses(method):
-        if leaf not in leaves:
+    frozen_parts: dict[str, set[str]] = {}
+    derived = nn.Module()
+    for leaf, value in leaves.items():
+        address = address_of(method, leaf)
+        if address is None:
+            if leaf not in view.derived:
+                derived.register_buffer(leaf, value, persistent=False)
             continue
-        if rest:
-            grouped.setdefault(container, {})[rest] = leaves[leaf]
-            continue
+        _, container, rest = address
         held: Any = layer._modules[container]
+        if leaf in method.shared and take(held, name, rest) is not None:
+            continue  # another layer has put it there
+        constant = leaf in view.buffers or method.is_constant(leaf)
+        if rest:
+            grouped.setdefault(container, {})[rest] = value
+            if constant:
+                frozen_parts.setdefault(container, set()).add(rest)
+            continue
         frozen = leaf in view.frozen
-        value = leaves[leaf].reshape(1) if frozen and not leaves[leaf].ndim else leaves[leaf]  # PEFT has no 0-d ones
-        held[name] = value if leaf in view.buffers else nn.Parameter(value, requires_grad=not frozen)
+        value = value.reshape(1) if frozen and not value.ndim else value  # PEFT has no 0-d ones
+        held[name] = value if constant else nn.Parameter(value, requires_grad=not frozen)
     for container, parts in grouped.items():
         held = layer._modules[container]
-        held._modules[name] = entry_of(view, site, base, container, parts)
+        held._modules[name] = entry_of(view, site, base, container, parts, frozen_parts.get(container, frozenset()))
+    if derived._buffers:
+        layer._modules[DERIVED]._modules[name] = derived  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def address_of(method: Method, leaf: str) -> Address | None:
+    """Where a leaf is held, or None if no checkpoint has it."""
+    numbered = leaf.rpartition(".")
+    for address in addresses(method):
+        if address.leaf == leaf:
+            return address
+        if address.leaf == f"{numbered[0]}.*":
+            return Address(leaf, address.container, address.rest.replace("*", numbered[2]))
+    return None
+
+
+def present(modules: Mapping[str, Any], known: tuple[Address, ...], name: str) -> tuple[Address, ...]:
+    """Where an adapter has leaves in a layer.
+
+    Args:
+        modules: the layer's dicts.
+        known: where its method can have some.
+        name: the adapter's name.
+
+    Returns:
+        The addresses, numbered ones one by one, with those of leaves that no checkpoint holds.
+    """
+    found: list[Address] = []
+    for address in known:
+        stem, star, after = address.rest.partition("*")
+        if not star:
+            if take(modules[address.container], name, address.rest) is not None:
+                found.append(address)
+            continue
+        entry = modules[address.container]._modules.get(name)
+        for part in stem.split(".")[:-1]:
+            entry = None if entry is None else entry._modules.get(part)
+        if entry is not None:
+            numbers = entry._modules if after else [*entry._parameters, *entry._buffers]
+            found += [
+                Address(address.leaf.replace("*", n), address.container, address.rest.replace("*", n)) for n in numbers
+            ]
+    kept = modules[DERIVED]._modules.get(name) if DERIVED in modules else None
+    return (*found, *(Address(leaf, DERIVED, leaf) for leaf in (kept._buffers if kept is not None else ())))
 
 
 def take(container: nn.Module, name: str, rest: str) -> Tensor | None:
@@ -175,6 +265,12 @@ def take(container: nn.Module, name: str, rest: str) -> Tensor | None:
     found = entry._parameters.get(last)
     # sharding and functional calls keep it as a plain attribute
     return found if found is not None else getattr(entry, last, None)
+
+
+def set_buffer(container: nn.Module, name: str, rest: str, value: Tensor) -> None:
+    """Put another tensor in the place of a buffer at an address."""
+    owner, last = (_owner(container._modules[name], rest)) if rest else (container, name)  # pyright: ignore
+    owner._buffers[last] = value
 
 
 def dropout_module(rate: float) -> nn.Module:

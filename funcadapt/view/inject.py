@@ -119,7 +119,10 @@ def fresh(
             view.warm(site, at, draw)
         return draw
 
-    return initialise(model, config, table, draw_of, strict=False)
+    def shared_draw(site: Site) -> Draw:
+        return TorchDraw(None, site.dtype, device or site.device)
+
+    return initialise(model, config, table, draw_of, shared_draw=shared_draw, strict=False)
 
 
 def materialize(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Module:
@@ -202,7 +205,7 @@ def _place(
         parameters = dict(root.named_parameters(remove_duplicate=False))
     if not state.configs:
         state.requires_grad = {full: p.requires_grad for full, p in parameters.items()}
-    placing = Placing(name, adapter, bound, found, state, change, copy)
+    placing = Placing(name, adapter, bound, found, state, change, copy, root)
     trained = [b.module._parameters[b.name] for b in bound.replaced if placing.is_trained_in_place(b.path)]
     placing.place()
     if not state.configs:  # the first one freezes the model

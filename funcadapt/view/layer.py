@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt._torch import is_recording
+from funcadapt.binding import with_experts
 from funcadapt.compose import Level, dense_levels, nest
 from funcadapt.config import AdapterConfig
 from funcadapt.layer import Dense, Layer
@@ -41,7 +42,14 @@ class AdapterLayer(Switches):
 
     base_layer: nn.Module
 
-    def __init__(self, base_layer: nn.Module, site: Site, *, read_by_parent: bool = False) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        site: Site,
+        *,
+        read_by_parent: bool = False,
+        shared: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.site = site
@@ -58,7 +66,7 @@ class AdapterLayer(Switches):
             setattr(self, name, {})
         if view.dropout:
             self._modules[view.dropout] = nn.ModuleDict()
-        self._modules.update(new_containers(view))
+        self._modules.update({**new_containers(view), **(shared or {})})
         self.in_features, self.out_features = site.in_features, site.out_features
         self.fan_in_fan_out = site.kind == "hf_conv1d"
         self.kwargs: dict[str, Any] = {}
@@ -110,8 +118,8 @@ class AdapterLayer(Switches):
         """
         held = Held(config)
         put(self, held.method, self.site, self.get_base_layer(), name, leaves)
-        held.present = tuple(address for address in held.addresses if address.leaf in leaves)
         self.adapters[name] = held
+        self.addresses_of(name, held)  # now, and not while something is compiled
         view = self.view
         for attribute, field in view.attributes.items():
             getattr(self, attribute)[name] = getattr(config, field)
@@ -137,25 +145,26 @@ class AdapterLayer(Switches):
         held = self.adapters[name]
         p = self._tensors(name, held)
         if self.site.kind in ("parameter", "experts"):
+            shared = {leaf: p.pop(leaf) for leaf in list(p) if leaf in held.method.shared}
             p = {**held.method.unpack(held.config, p)}
             if self.site.experts == 1:  # without an expert axis in a checkpoint, see binding.bind
                 p = {leaf: value.unsqueeze(0) for leaf, value in p.items()}
+            if shared:
+                p |= with_experts(shared, self.site.experts, 0) if self.site.experts else shared
         for leaf in self.view.frozen:
             if leaf in p:
                 p[leaf] = p[leaf].reshape(())  # held with one axis, as in PEFT
         derived = self.view.derived
         if derived and p:
-            like = next(iter(p.values()))
+            like = next(value for value in p.values() if value.is_floating_point())
             for leaf in derived:
                 p[leaf] = self._derived(held, leaf, self.__dict__[leaf][name], like)
         return p
 
     def _tensors(self, name: str, held: Held) -> dict[str, Tensor]:
         modules: Any = self._modules
-        if held.present is None:
-            held.present = tuple(a for a in held.addresses if take(modules[a.container], name, a.rest) is not None)
         p: dict[str, Tensor] = {}
-        for leaf, container, rest in held.present:
+        for leaf, container, rest in self.addresses_of(name, held):
             if rest:  # what `take` does, without a call: a layer runs for every token
                 value = modules[container]._modules[name]._parameters.get(rest)
             else:

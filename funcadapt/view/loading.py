@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
 from funcadapt.keys import PREFIX
-from funcadapt.sites import device_of
+from funcadapt.method import Draw, method_of
+from funcadapt.sharing import SHARED, complete
+from funcadapt.sites import Site, device_of
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
 from funcadapt.view.entries import Entries, above, config_of, reduced, without_name
+from funcadapt.view.holding import Address, set_buffer, take
 from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.values import adapter_of
+from funcadapt.view.walking import layers, root_of, unwrapped
 
 
 def load_adapter_state_dict(
@@ -73,12 +78,45 @@ def load_adapter_state_dict(
     if low_cpu_mem_usage:
         for _, layer in entries.layers:
             _move_to_base(layer, name)
+        _fill(model, name)
         for _, wrapper in entries.wrappers:
             if hasattr(wrapper, "token_adapter"):
                 wrapper.token_adapter._move_adapter_to_device_of_base_layer(name)
     if mismatched:
         warnings.warn(message, stacklevel=2)
     return result
+
+
+def _fill(model: nn.Module, name: str) -> None:
+    """Make the leaves that no checkpoint holds, where they are still on the meta device."""
+    own = [layer for _, layer in layers(model) if name in layer.adapters]
+    held = [(layer, address) for layer in own for address in layer.addresses_of(name, layer.adapters[name])]
+    empty = [(layer, address) for layer, address in held if _at(layer, address, name).is_meta]
+    if not empty:
+        return
+    root, adapter = root_of(model), adapter_of(model, name)
+    method = method_of(adapter.config)
+    params, buffers = (
+        {path: {leaf: t for leaf, t in leaves.items() if not t.is_meta} for path, leaves in tree.items()}
+        for tree in (adapter.params, adapter.buffers)
+    )
+
+    def draw_of(site: Site) -> Draw:
+        return Draw(None, site.dtype, site.device)
+
+    with unwrapped(root):
+        complete(root, method, adapter.config, [layer.site for layer in own], (params, buffers), draw_of)
+    for layer, address in empty:
+        path = SHARED if address.leaf in method.shared else layer.site.path
+        value = {**params.get(path, {}), **buffers.get(path, {})}.get(address.leaf)
+        if value is not None:
+            set_buffer(layer._modules[address.container], name, address.rest, value)  # pyright: ignore
+
+
+def _at(layer: AdapterLayer, address: Address, name: str) -> Tensor:
+    found = take(layer._modules[address.container], name, address.rest)  # pyright: ignore
+    assert found is not None
+    return found
 
 
 def _load_map(entries: Entries, name: str, held: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
@@ -90,6 +128,8 @@ def _load_map(entries: Entries, name: str, held: Mapping[str, Any], tensors: Map
             found[without_name(key, name, places)] = key
     for own in entries.own:
         found.update({saved: key for saved, key in own.keys.values() if key in held})
+    found.update({saved.removeprefix("base_model."): key for saved, key in entries.shared.values()})
+    found.update({f"base_model.{saved.removeprefix('base_model.')}": key for saved, key in entries.shared.values()})
     for key in list(found):
         if not found[key].startswith(PREFIX):
             found[PREFIX + key] = found[key]

@@ -14,11 +14,12 @@ from funcadapt.adapter import Adapter
 from funcadapt.binding import TOKENS, Bound, Place, Tokens
 from funcadapt.errors import AdapterError
 from funcadapt.method import Method, method_of
+from funcadapt.sharing import shared_of
 from funcadapt.sites import Site
 from funcadapt.swapping import heads_of
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from funcadapt.view.classes import layer_class
-from funcadapt.view.holding import view_of
+from funcadapt.view.holding import shared_containers, view_of
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.through import is_read_by_parent
 from funcadapt.view.walking import ViewState
@@ -105,13 +106,24 @@ class Placing:
         state: the model's view state.
         change: the transaction.
         copy: whether the adapter's tensors are copied, as they belong to a value.
+        root: the model.
     """
 
     def __init__(
-        self, name: str, adapter: Adapter, bound: Bound, bare: Bare, state: ViewState, change: Transaction, copy: bool
+        self,
+        name: str,
+        adapter: Adapter,
+        bound: Bound,
+        bare: Bare,
+        state: ViewState,
+        change: Transaction,
+        copy: bool,
+        root: nn.Module,
     ) -> None:
         self.name, self.adapter, self.bound, self.bare = name, adapter, bound, bare
-        self.state, self.change, self.copy = state, change, copy
+        self.state, self.change, self.copy, self.root = state, change, copy, root
+        self._of_all: dict[str, Tensor] | None = None
+        self._first: AdapterLayer | None = None
 
     def place(self) -> None:
         """Put everything in place."""
@@ -151,7 +163,8 @@ class Placing:
                 f"{found.path!r} is trained by another adapter through a {type(top).__name__}, so it cannot be adapted "
                 "as well. Drop it from target_modules, or delete that adapter."
             )
-        layer = cls(top, site, read_by_parent=is_read_by_parent(parent))
+        layer = cls(top, site, read_by_parent=is_read_by_parent(parent), shared=self._shared_modules(method))
+        self._first = layer if self._first is None else self._first
         layer.tied = self.bare.tied(found.module)
         layer.add(self.name, config, self._leaves(method, site))
         for holder, place in ((parent, name), *others):
@@ -160,16 +173,33 @@ class Placing:
 
     def _leaves(self, method: Method, site: Site) -> dict[str, Tensor]:
         """The leaves at a site in the shapes of a checkpoint."""
-        given, frozen = self.adapter.params[site.path], self.adapter.buffers.get(site.path, {})
-        own: Mapping[str, Tensor] = {leaf: given[leaf] for leaf in method.keys if leaf in given}
+        given, frozen = self.adapter.params.get(site.path, {}), self.adapter.buffers.get(site.path, {})
+        own: Mapping[str, Tensor] = {leaf: given[leaf] for leaf in given if leaf in method.keys}
         if site.kind in ("parameter", "experts"):
             own = method.pack(own)
         view = view_of(method)
-        others = (
-            view.buffers | view.frozen | set(view.derived if self.copy else ())
-        )  # a new one is what its config says
-        own = {**own, **{leaf: frozen[leaf] for leaf in others if leaf in frozen}}
-        return {leaf: self._own(t) for leaf, t in own.items()}
+        # a new adapter's numbers are what its config says
+        numbers = method.buffers(self.adapter.config).keys() - view.frozen - set(view.derived if self.copy else ())
+        own = {**own, **{leaf: tensor for leaf, tensor in frozen.items() if leaf not in numbers}}
+        return {**{leaf: self._own(t) for leaf, t in own.items()}, **self._shared(method)}
+
+    def _shared(self, method: Method) -> dict[str, Tensor]:
+        """What all sites share: copied once."""
+        if self._of_all is None:
+            found = shared_of(method, self.adapter.params, self.adapter.buffers)
+            self._of_all = {leaf: self._own(t) for leaf, t in found.items()}
+        return self._of_all
+
+    def _shared_modules(self, method: Method) -> dict[str, nn.Module]:
+        """The dicts that all layers of a kind have in common, if there is such a layer already."""
+        view = view_of(method)
+        containers = shared_containers(view)
+        if containers and self._first is None:
+            every = (m for m in self.root.modules() if isinstance(m, AdapterLayer) and m.view is view)
+            self._first = next(every, None)
+        if self._first is None:
+            return {}
+        return {container: self._first._modules[container] for container in containers}  # pyright: ignore
 
     def _own(self, tensor: Tensor) -> Tensor:
         return (tensor.detach().clone() if self.copy else tensor.detach()).contiguous()

@@ -177,7 +177,7 @@ def cast_adapter_dtype(model: nn.Module, name: str, autocast_adapter_dtype: bool
     """
     if not autocast_adapter_dtype:
         return
-    held = [parameter for _, layer in layers(model) for parameter in layer.parameters_of(name)]
+    held = [tensor for _, layer in layers(model) for tensor in layer.tensors_of(name)]
     for _, wrapper in auxiliaries(model):
         if isinstance(wrapper, TrainableTokensWrapper) and name in wrapper.available_adapters:
             tokens = wrapper.token_adapter

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
+from funcadapt.sharing import SHARED
 from funcadapt.view.embeddings import Lookup, embedding_prefixes, is_embedding_saved, local_vocabulary
 from funcadapt.view.entries import Entries, Own, above, config_of, join, reduced, without_name
 from funcadapt.view.loading import load_adapter_state_dict as load_adapter_state_dict
@@ -68,6 +69,8 @@ def adapter_state_dict(
     found: dict[str, Tensor] = {}
     for own in entries.own:
         found.update(_stored(own, name, config, every))
+    if entries.shared:
+        found.update(_stored_shared(entries, name, config, every))
     for path, wrapper in entries.wrappers:
         below = f"{path}."
         relative = {key.removeprefix(below): value for key, value in every.items() if key.startswith(below)}
@@ -90,6 +93,19 @@ def _stored(own: Own, name: str, config: AdapterConfig, every: Mapping[str, Tens
     if not leaves:  # a state dict that is a checkpoint's already, as scripts make it that replace `model.state_dict`
         return {key: every[key] for key, _ in own.keys.values() if key in every}
     return {own.keys[leaf][0]: value for leaf, value in reduced(own.layer, name, config, leaves).items()}
+
+
+def _stored_shared(
+    entries: Entries, name: str, config: AdapterConfig, every: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the layers share, as the method stores it."""
+    method = entries.own[0].layer.adapters[name].method
+    leaves = {leaf: every[held] for leaf, (_, held) in entries.shared.items() if held in every}
+    other: Mapping[str, Tensor | None] = {}
+    if method.stored is not None:
+        other = method.stored(config, SHARED, leaves)
+    kept = {leaf: value for leaf, value in {**leaves, **other}.items() if value is not None}
+    return {entries.shared[leaf][0]: value for leaf, value in kept.items()}
 
 
 def _biases(entries: Entries, config: Any, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:

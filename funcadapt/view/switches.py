@@ -13,7 +13,7 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import View, method_of
 from funcadapt.sites import Site
-from funcadapt.view.holding import Address, addresses, take
+from funcadapt.view.holding import Address, addresses, present, take
 
 
 class Held:
@@ -120,9 +120,19 @@ class Switches(TunerLayer):
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter."""
+        return [value for value in self.tensors_of(name) if isinstance(value, nn.Parameter)]
+
+    def tensors_of(self, name: str) -> list[Tensor]:
+        """All tensors of one adapter: parameters and buffers."""
         held = self.adapters.get(name)
-        found = [take(self._modules[c], name, rest) for _, c, rest in held.addresses] if held else []  # pyright: ignore
-        return [value for value in found if isinstance(value, nn.Parameter)]
+        found = [take(self._modules[c], name, r) for _, c, r in self.addresses_of(name, held)] if held else []  # pyright: ignore
+        return [value for value in found if value is not None]
+
+    def addresses_of(self, name: str, held: Held) -> tuple[Address, ...]:
+        """Where an adapter has leaves."""
+        if held.present is None:
+            held.present = present(self._modules, held.addresses, name)
+        return held.present
 
     # -- PEFT's switches --------------------------------------------------------------------------------
 
@@ -151,7 +161,7 @@ class Switches(TunerLayer):
         frozen = self.view.frozen
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             held = self.adapters.get(name)
-            for leaf, container, rest in held.addresses if held is not None else ():
+            for leaf, container, rest in self.addresses_of(name, held) if held is not None else ():
                 value = take(self._modules[container], name, rest)  # pyright: ignore[reportArgumentType]
                 if isinstance(value, nn.Parameter) and value.is_floating_point():
                     value.requires_grad_(requires_grad and leaf not in frozen)

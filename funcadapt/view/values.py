@@ -13,7 +13,9 @@ from funcadapt.adapter import Adapter
 from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import method_of
+from funcadapt.sharing import SHARED
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from funcadapt.view.holding import DERIVED
 from funcadapt.view.merging import merged_parts
 from funcadapt.view.walking import auxiliaries, bare, layers, root_of, set_view_state, unwrapped, view_state, wrapped
 
@@ -41,11 +43,15 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
     for _, layer in layers(root):
         if name in layer.adapters:
             leaves, path = layer.leaves(name), layer.site.path
-            if layer.site.experts == 1:
-                leaves = {leaf: t.squeeze(0) if t.ndim else t for leaf, t in leaves.items()}
+            if layer.site.experts:
+                one = layer.site.experts == 1  # then there is no expert axis in a value, see binding.bind
+                for leaf, t in leaves.items():
+                    leaves[leaf] = t[0] if t.ndim and (one or leaf in method.shared) else t
             frozen = layer.view.frozen | layer.view.buffers | set(layer.view.derived)
-            params[path] = {leaf: t for leaf, t in leaves.items() if leaf not in frozen}
-            buffers[path] = {leaf: t for leaf, t in leaves.items() if leaf in frozen}
+            frozen |= {a.leaf for a in layer.addresses_of(name, layer.adapters[name]) if a.container == DERIVED}
+            for leaf, tensor in leaves.items():
+                tree = buffers if leaf in frozen or method.is_constant(leaf) else params
+                tree.setdefault(SHARED if leaf in method.shared else path, {})[leaf] = tensor
     with unwrapped(root):
         paths = {id(module): path for path, module in named_modules(root)}
         biases = [(path, root.get_submodule(path)._parameters["bias"]) for path in _bias_owners(root, config, params)]
@@ -55,6 +61,8 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
     for path, bias in biases:
         if bias is not None and not any(path == p or path.startswith(f"{p}.") for p in _saved(root, name, paths)):
             params.setdefault(path, {})["bias"] = bias
+    if SHARED in params:
+        params = {SHARED: params.pop(SHARED), **params}
     found = Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config)
     return found.replace(config=method.describe(config, {path: found.leaves(path) for path in params}))
 
