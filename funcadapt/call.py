@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator, Mapping
 from typing import Any, cast
 
@@ -16,7 +17,9 @@ from funcadapt.compose import Weight
 from funcadapt.engine import Installation
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.many import Grouped, Routed
+from funcadapt.method import method_of
 from funcadapt.recompute import as_it_was, calling
+from funcadapt.sharing import SHARED
 from funcadapt.stacking import is_single
 
 Adapters = Entry | Mapping[str, Entry]
@@ -31,6 +34,7 @@ def functional_call(
     *,
     weights: Weights | None = None,
     parameters: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     strict: bool = False,
 ) -> Any:
     """Call a model with adapters. The model is never changed: `torch.func.functional_call`, for adapters.
@@ -57,6 +61,7 @@ def functional_call(
             token). For a single adapter, just the value.
         parameters: base parameters or buffers by name that replace the model's own in this call, so that base and
             adapter can be differentiated together. Tied ones are replaced together, unless both are given.
+        inputs: what a method needs of every call beside the layers' inputs, by name, rows first: Poly's "task_ids".
         strict: whether an adapted layer that never ran is an error rather than a warning.
 
     Returns:
@@ -64,8 +69,8 @@ def functional_call(
 
     Raises:
         SiteError: if a leaf fits nothing in the model, or its shape does not fit.
-        AdapterError: if a name in `weights` or `parameters` is unknown, a weight cannot act, or in strict mode a layer
-            was bypassed.
+        AdapterError: if a name in `weights`, `parameters` or `inputs` is unknown, a weight cannot act, or in strict mode
+            a layer was bypassed.
         RuntimeError: if an activation checkpoint would lose the adapters' gradients.
 
     Example:
@@ -88,7 +93,7 @@ def functional_call(
     kwargs = {} if kwargs is None else kwargs
     compiling = _torch.is_compiling()
     _refuse_compiled(model)
-    entries = entries_of(adapters, weights)
+    entries = with_inputs(entries_of(adapters, weights), inputs)
     if compiling:
         installed = Installation(model, entries, parameters, None)
         try:
@@ -142,6 +147,7 @@ def applied(
     *,
     weights: Weights | None = None,
     parameters: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     strict: bool = False,
 ) -> Generator[nn.Module, None, None]:
     """Adapters applied for the duration of a `with` block, for code that calls the model itself.
@@ -153,6 +159,7 @@ def applied(
         adapters: as in `functional_call`.
         weights: as in `functional_call`.
         parameters: as in `functional_call`.
+        inputs: as in `functional_call`.
         strict: as in `functional_call`.
 
     Yields:
@@ -170,7 +177,7 @@ def applied(
         True
     """
     _refuse_compiled(model)
-    with _in_place(model, entries_of(adapters, weights), parameters, strict, stacklevel=6):
+    with _in_place(model, with_inputs(entries_of(adapters, weights), inputs), parameters, strict, stacklevel=6):
         yield model
 
 
@@ -217,6 +224,50 @@ def entries_of(adapters: Adapters, weights: Weights | None) -> list[tuple[str, E
         if not isinstance(adapter, Adapter | Grouped | Routed):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"adapters[{name!r}] is a {type(adapter).__name__}, expected an Adapter.")
     return [(name, _checked(adapter), weights.get(name)) for name, adapter in adapters.items()]
+
+
+def with_inputs(
+    entries: list[tuple[str, Entry, Weight]], inputs: Mapping[str, Tensor] | None
+) -> list[tuple[str, Entry, Weight]]:
+    """The inputs of a call among the leaves of the adapters whose methods read them.
+
+    Args:
+        entries: name, adapter and weight of each.
+        inputs: name -> tensor, rows first.
+
+    Returns:
+        The entries.
+
+    Raises:
+        AdapterError: if no method reads an input, or its rows do not fall into equal groups.
+    """
+    if not inputs:
+        return entries
+    known = {name for _, entry, _ in entries for name in method_of(_value(entry).config).inputs}
+    for name in inputs:
+        if name not in known:
+            raise AdapterError(f"inputs has {name!r}, which none of the adapters reads.{did_you_mean(name, known)}")
+    return [(name, _given(entry, inputs), w) for name, entry, w in entries]
+
+
+def _value(entry: Entry) -> Adapter:
+    return entry if isinstance(entry, Adapter) else entry.stack
+
+
+def _given(entry: Entry, inputs: Mapping[str, Tensor]) -> Entry:
+    adapter = _value(entry)
+    own = {name: inputs[name] for name in method_of(adapter.config).inputs if name in inputs}
+    if not own:
+        return entry
+    if isinstance(entry, Grouped):
+        n = len(entry.stack.members.configs) if entry.stack.members else 1
+        for name, tensor in own.items():
+            if not tensor.ndim or tensor.shape[0] % n:
+                raise AdapterError(f"inputs[{name!r}] of shape {tuple(tensor.shape)} does not fall into {n} groups.")
+            own[name] = tensor.reshape(n, tensor.shape[0] // n, *tensor.shape[1:])
+    buffers = {**adapter.buffers, SHARED: {**adapter.buffers.get(SHARED, {}), **own}}
+    adapter = adapter.replace(buffers=buffers)
+    return adapter if isinstance(entry, Adapter) else dataclasses.replace(entry, stack=adapter)
 
 
 def _checked(entry: Entry) -> Entry:

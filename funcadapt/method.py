@@ -261,6 +261,9 @@ class Method:
         share: draws what all sites have in common: trained and frozen leaves at the path "" of the adapter's trees,
             which the hooks see among those of each site.
         shared: the names of those leaves -> their names in a PEFT checkpoint, after "base_model.".
+        inputs: what the hooks need of every call, beside the input of the layer: names of tensors with an axis of rows
+            first, such as Poly's "task_ids", which `functional_call` takes as `inputs`. The hooks see them among the
+            leaves.
         check: raises SiteError if the leaves of one site, read from a file, are incomplete or do not fit the config
             or each other.
         layout: the same leaves in the memory layout in which the hooks are fastest. Applied when they are made or read.
@@ -305,6 +308,7 @@ class Method:
     complete: Callable[[Any], bool] = lambda config: False
     share: ShareFn | None = None
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    inputs: frozenset[str] = frozenset()
     check: Callable[[Any, str, Leaf], None] = _accept
     layout: Callable[[Leaf], Leaf] = _identity
     pack: Callable[[Leaf], Leaf] = _identity

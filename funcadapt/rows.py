@@ -133,6 +133,11 @@ class Rows:
         """The level with one of its adapters; None for the bare layer."""
         if adapter < 0:
             return None
+        if level.method.inputs:
+            raise AdapterError(
+                f"{level.method.name} needs inputs for every row, and cannot act in a module that is run adapter by "
+                "adapter. Exclude it (exclude_modules)."
+            )
         p = {name: leaf[adapter] for name, leaf in level.p.items()}
         return type(level)(level.method, self.configs[adapter], p, level.w)
 
@@ -247,6 +252,8 @@ class Rows:
         if not count:
             return tensors[-1]
         how, method = self.how, level.method
+        if method.inputs:
+            how = "gather"
         if how is None:
             masked = method.masked is not None and hook is method.after
             static = _torch.values_unknown()
@@ -269,7 +276,9 @@ class Rows:
         p = level.p
         if not self._in_order():
             chosen = self.chosen()
-            p = {name: leaf.index_select(0, chosen) for name, leaf in p.items()}
+            p = {k: _fold_input(leaf, count) if k in method.inputs else _pick(leaf, chosen) for k, leaf in p.items()}
+        elif method.inputs:
+            p = {k: _fold_input(leaf, count) if k in method.inputs else leaf for k, leaf in p.items()}
         out = _batched(hook, level, layer, p, count, by_token, tensors)
         if not self.may_skip:
             return out
@@ -297,7 +306,7 @@ class Rows:
             return tensors[-1]
         p, mask = level.p, layer.mask
         if buckets.used is not None:
-            p = {name: leaf.index_select(0, buckets.used) for name, leaf in p.items()}
+            p = {name: _pick(leaf, buckets.used) for name, leaf in p.items()}
         moved = flat if buckets.take is None else [t.index_select(0, buckets.take) for t in flat]
         if mask is not None:
             mask = mask.flatten(0, 1) if by_token else mask
@@ -412,6 +421,17 @@ class Rows:
             return None
         drawn = uniform(self.seeds[self.current], layer.site.path, x.shape, x.device)
         return ((drawn >= rate) / (1 - rate)).to(x.dtype)
+
+
+def _pick(leaf: Tensor, index: Tensor) -> Tensor:
+    """The leaves of chosen adapters; one that all of them share is not copied."""
+    if leaf.stride(0) == 0 and leaf.shape[0]:
+        return leaf[:1].expand(index.shape[0], *leaf.shape[1:])
+    return leaf.index_select(0, index)
+
+
+def _fold_input(t: Tensor, count: int) -> Tensor:
+    return t.reshape(count, t.shape[0] // count if count else 0, *t.shape[1:])
 
 
 def _fold(t: Tensor, count: int, by_token: bool) -> Tensor:

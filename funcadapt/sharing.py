@@ -35,10 +35,10 @@ def shared_of(method: Method, params: Mapping[str, Leaf], buffers: Mapping[str, 
     Returns:
         Leaf name -> tensor; empty for most methods.
     """
-    if not method.shared:
+    if not method.shared and not method.inputs:
         return {}
     both = {**params.get(SHARED, {}), **buffers.get(SHARED, {})}
-    return {name: leaf for name, leaf in both.items() if name in method.shared}
+    return {name: leaf for name, leaf in both.items() if name in method.shared or name in method.inputs}
 
 
 def complete(
