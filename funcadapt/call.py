@@ -19,6 +19,7 @@ from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.many import Grouped, Routed
 from funcadapt.method import method_of
 from funcadapt.recompute import as_it_was, calling
+from funcadapt.rows import BY_ROW
 from funcadapt.sharing import SHARED
 from funcadapt.stacking import is_single
 
@@ -69,8 +70,8 @@ def functional_call(
 
     Raises:
         SiteError: if a leaf fits nothing in the model, or its shape does not fit.
-        AdapterError: if a name in `weights`, `parameters` or `inputs` is unknown, a weight cannot act, or in strict mode
-            a layer was bypassed.
+        AdapterError: if a name in `weights`, `parameters` or `inputs` is unknown, a weight cannot act, or in strict
+            mode a layer was bypassed.
         RuntimeError: if an activation checkpoint would lose the adapters' gradients.
 
     Example:
@@ -265,6 +266,8 @@ def _given(entry: Entry, inputs: Mapping[str, Tensor]) -> Entry:
             if not tensor.ndim or tensor.shape[0] % n:
                 raise AdapterError(f"inputs[{name!r}] of shape {tuple(tensor.shape)} does not fall into {n} groups.")
             own[name] = tensor.reshape(n, tensor.shape[0] // n, *tensor.shape[1:])
+    if isinstance(entry, Routed):
+        own = {BY_ROW + name: tensor for name, tensor in own.items()}
     buffers = {**adapter.buffers, SHARED: {**adapter.buffers.get(SHARED, {}), **own}}
     adapter = adapter.replace(buffers=buffers)
     return adapter if isinstance(entry, Adapter) else dataclasses.replace(entry, stack=adapter)

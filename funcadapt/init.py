@@ -14,7 +14,7 @@ from funcadapt._torch import named_modules
 from funcadapt.adapter import Adapter
 from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.config import AdapterConfig
-from funcadapt.errors import AdapterError, TargetError, did_you_mean
+from funcadapt.errors import AdapterError, SiteError, TargetError, did_you_mean
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of
 from funcadapt.sharing import SHARED, complete, stacked
@@ -200,7 +200,12 @@ def fresh(method: Method, site: Site, config: Any, draw: Draw, weight: Callable[
 
     Returns:
         The leaves, with an expert axis where the site has experts.
+
+    Raises:
+        SiteError: if the method has no form for this kind of layer.
     """
+    if site.kind not in method.kinds:
+        raise SiteError(f"{method.name} cannot adapt {site.path!r}, which is of the kind {site.kind!r}. Exclude it.")
     if not site.stack or method.inits_experts:
         return method.init(site, config, draw, weight)
     one = one_expert(site)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 HOW = ("gather", "sort", "masked")
 
+BY_ROW = "row by row: "
+"""What the names of a call's inputs begin with where adapters are routed: they belong to rows, not to adapters."""
+
 Hook = Callable[..., Tensor]
 
 
@@ -253,7 +256,9 @@ class Rows:
             return tensors[-1]
         how, method = self.how, level.method
         if method.inputs:
-            how = "gather"
+            if how == "sort":
+                self.values()  # as elsewhere, an error where they are unknown
+            how = "gather"  # inputs belong to rows as they come
         if how is None:
             masked = method.masked is not None and hook is method.after
             static = _torch.values_unknown()
@@ -276,9 +281,11 @@ class Rows:
         p = level.p
         if not self._in_order():
             chosen = self.chosen()
-            p = {k: _fold_input(leaf, count) if k in method.inputs else _pick(leaf, chosen) for k, leaf in p.items()}
-        elif method.inputs:
-            p = {k: _fold_input(leaf, count) if k in method.inputs else leaf for k, leaf in p.items()}
+            p = {k: leaf if k.startswith(BY_ROW) else _pick(leaf, chosen) for k, leaf in p.items()}
+        if method.inputs:
+            given = {k: leaf for k, leaf in p.items() if k.startswith(BY_ROW)}
+            p = {k: leaf for k, leaf in p.items() if k not in given}
+            p |= {k.removeprefix(BY_ROW): _fold_input(leaf, count) for k, leaf in given.items()}
         out = _batched(hook, level, layer, p, count, by_token, tensors)
         if not self.may_skip:
             return out

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from funcadapt.config import AdapterConfig
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Leaf, Method
+from funcadapt.rows import BY_ROW
 from funcadapt.sites import Site, one_expert
 
 SHARED = ""
@@ -38,7 +39,8 @@ def shared_of(method: Method, params: Mapping[str, Leaf], buffers: Mapping[str, 
     if not method.shared and not method.inputs:
         return {}
     both = {**params.get(SHARED, {}), **buffers.get(SHARED, {})}
-    return {name: leaf for name, leaf in both.items() if name in method.shared or name in method.inputs}
+    inputs = {*method.inputs, *(BY_ROW + name for name in method.inputs)}
+    return {name: leaf for name, leaf in both.items() if name in method.shared or name in inputs}
 
 
 def complete(
@@ -72,14 +74,21 @@ def complete(
 
     made: list[str] = []
     if method.share is not None and table:
-        shared = method.share(table, config, draw_of(table[0]), weight)
+        draw = draw_of(table[0])
+        draw.known = {**params.get(SHARED, {}), **buffers.get(SHARED, {})}
+        shared = method.share(table, config, draw, weight)
         for tree, leaves in ((params, shared.params), (buffers, shared.buffers)):
             there = tree.get(SHARED, {})
             made += [name for name in leaves if name not in there and tree is params]
             if leaves:
                 tree[SHARED] = {**leaves, **there}
         for path, leaves in shared.at.items():
-            buffers[path] = {**leaves, **buffers.get(path, {})}
+            trained = {k: v for k, v in leaves.items() if k in method.keys and not method.is_constant(k)}
+            frozen = {k: v for k, v in leaves.items() if k not in trained}
+            buffers[path] = {**frozen, **buffers.get(path, {})}
+            if trained:
+                made += [name for name in trained if name not in params.get(path, {})]
+                params[path] = {**trained, **params.get(path, {})}
     if method.derive is not None:
         for site in table:
             derived = _derived(method, site, config.at(site.path), draw_of(site), lambda site=site: weight(site))

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import funcadapt as fa
 from funcadapt.init import _draw, fresh
 from funcadapt.method import Method, methods
+from funcadapt.sharing import complete
 from funcadapt.sites import describe
 
 # -- layer kinds ------------------------------------------------------------------------------------------
@@ -160,6 +161,16 @@ class Case:
 
     def new(self, model: nn.Module, seed: int = 0) -> fa.Adapter:
         """A freshly initialised adapter."""
+        return self.given(self._new(model, seed))
+
+    def given(self, adapter: fa.Adapter) -> fa.Adapter:
+        """The adapter with the inputs that its method needs."""
+        if not self.variant.inputs:
+            return adapter
+        own = {**adapter.buffers.get("", {}), **self.variant.inputs}
+        return adapter.replace(buffers={**adapter.buffers, "": own})
+
+    def _new(self, model: nn.Module, seed: int = 0) -> fa.Adapter:
         names = {field.name for field in dataclasses.fields(self.method.config)}
         if not self.kind.is_parameter:
             return fa.init(model, self.variant.config(target_modules=[self.kind.target]), seed=seed)
@@ -171,13 +182,18 @@ class Case:
         weight = getattr(module, site.parameter).detach()
         weight = weight.transpose(-2, -1) if site.transposed else weight
         made = fresh(self.method, site, config, _draw(site, seed, None, None), lambda: weight)
-        return fa.Adapter({site.path: made.params}, {site.path: made.buffers} if made.buffers else {}, config)
+        trees = ({site.path: made.params}, {site.path: made.buffers})
+        complete(model, self.method, config, [site], trees, lambda site: _draw(site, seed, None, None))
+        params, buffers = ({path: leaves for path, leaves in tree.items() if leaves} for tree in trees)
+        return fa.Adapter(params, buffers, config)
 
     def adapter(self, model: nn.Module, seed: int = 0) -> fa.Adapter:
         """An adapter with no leaf at its initial value, scalars included."""
         generator = torch.Generator().manual_seed(100 + seed)
 
         def moved(leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point():
+                return leaf
             if not leaf.ndim:
                 return leaf * (1 + 0.25 * (seed + 1))
             return leaf + 0.3 * torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
@@ -210,15 +226,27 @@ ALL = [
 ]
 UNUSABLE = [case for case in ALL if case.kind.name in case.variant.unusable]
 REFUSED = [case for case in ALL if case.kind.name in case.variant.refused]
-# Every variant on every kind: for the laws of the formula.
 CASES = [case for case in ALL if case.kind.name not in case.variant.refused | case.variant.unusable]
-# One variant per method.
-FIRST = [case for case in CASES if case.variant is VARIANTS[case.method.name][0]]
-# For the laws of what is derived from the formula: the other variants change the formula alone.
-_SOME = ("linear", "embedding", "conv2d", "mha", "experts_linear")
-LAWS = [case for case in CASES if case in FIRST or case.kind.name in _SOME]
+
+
+def _is_first(case: Case) -> bool:
+    return case.variant is VARIANTS[case.method.name][0]
+
+
+def _stands_for_all(case: Case) -> bool:
+    return SPECS[case.method.name].reference
+
+
+_SOME = ("linear", "conv2d", "experts_linear")
+_ONE_OF_EACH = (*_SOME, "hf_conv1d", "embedding", "mha")
+# For the laws of the formula: the first variant on every kind, the others where a formula is written differently.
+CASES = [case for case in CASES if _is_first(case) or _stands_for_all(case) or case.kind.name in _SOME]
+# For the laws of what is derived from the formula. A method that stands for all is there on every kind; the others on
+# one of each, as the rest differs in nothing that a method sees but the shapes, which the laws of the formula have.
+FIRST = [c for c in CASES if _is_first(c) and (_stands_for_all(c) or c.kind.name in _ONE_OF_EACH)]
+LAWS = [case for case in CASES if case in FIRST or case.kind.name == "linear"]
 # The engine does the same for every method of one shape: its own laws need one with hooks, and one that reads weights.
-REFERENCE = [case for case in FIRST if SPECS[case.method.name].reference]
+REFERENCE = [case for case in FIRST if _stands_for_all(case)]
 # For the laws of the compiler, which are slow.
 SLOW = [case for case in FIRST if case.kind.name == "linear" or case in REFERENCE]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAWS, Case
+from cases import FIRST, Case
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
@@ -207,7 +207,7 @@ def has(case: Case, field: str) -> bool:
     return any(f.name == field for f in dataclasses.fields(case.method.config))
 
 
-SELECTED = [case for case in LAWS if not case.kind.is_parameter or has(case, "target_parameters")]
+SELECTED = [case for case in FIRST if not case.kind.is_parameter or has(case, "target_parameters")]
 
 
 @pytest.mark.parametrize("case", SELECTED, ids=str)

@@ -7,7 +7,7 @@ from typing import Any
 
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import Method, View, methods
-from funcadapt.view.holding import DERIVED, family_addresses, is_derived, view_of
+from funcadapt.view.holding import DERIVED, is_derived, standard_containers, view_of
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.through import AttentionLayer, ParameterLayer
 
@@ -71,7 +71,6 @@ def family(package: str) -> type[AdapterLayer]:
 
 @functools.cache
 def _family(view: View) -> type[AdapterLayer]:
-    names = tuple(dict.fromkeys(address.container for address in family_addresses(view)))
     others = (*view.attributes, *view.derived, *((view.dropout,) if view.dropout else ()))
     others += (DERIVED,) if is_derived(view) else ()
     return _class(
@@ -79,7 +78,7 @@ def _family(view: View) -> type[AdapterLayer]:
         (family(view.extends) if view.extends else AdapterLayer,),
         view,
         f"A layer with adapters of {view.name}, see AdapterLayer.",
-        adapter_layer_names=names,
+        adapter_layer_names=standard_containers(view),
         other_param_names=others,
     )
 

@@ -77,16 +77,15 @@ class Entries:
         for path, layer in self.layers:
             if name in layer.adapters and not path.startswith(within):
                 held = layer.adapters[name]
-                named = [a for a in layer.addresses_of(name, held) if a.leaf in held.method.keys]
-                keys = {a.leaf: (join(path, held.method.keys[a.leaf]), _held_key(path, a, name)) for a in named}
-                self.own.append(Own(layer, path, keys))
-                if held.method.shared and not self.shared:
+                method, every = held.method, layer.addresses_of(name, held)
+                keys = {a.leaf: (method.keys[a.leaf], _held_key(path, a, name)) for a in every if a.leaf in method.keys}
+                in_common = [a for a in every if a.leaf in method.shared]
+                shared = {a.leaf: (method.shared[a.leaf], _held_key(path, a, name)) for a in in_common}
+                keys |= shared if method.repeated else {}
+                self.own.append(Own(layer, path, {k: (join(path, saved), at) for k, (saved, at) in keys.items()}))
+                if shared and not self.shared:
                     root = _ROOT if path.startswith(PREFIX) else ""
-                    self.shared = {
-                        a.leaf: (root + held.method.shared[a.leaf], _held_key(path, a, name))
-                        for a in layer.addresses_of(name, held)
-                        if a.leaf in held.method.shared
-                    }
+                    self.shared = {leaf: (root + saved, at) for leaf, (saved, at) in shared.items()}
 
     def layer_places(self) -> Iterator[tuple[str, str]]:
         """Every place where a layer holds something of an adapter: (prefix of its keys, the adapter's name)."""

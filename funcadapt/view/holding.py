@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funcadapt.method import Method, View, methods
+from funcadapt.method import Method, View, _always, methods
 from funcadapt.sites import Site
 from funcadapt.view.buffer_dict import BufferDict
 
@@ -76,10 +76,18 @@ def family_addresses(view: View) -> tuple[Address, ...]:
 
 
 @functools.cache
+def standard_containers(view: View) -> tuple[str, ...]:
+    """The dicts that every layer has. Those of a variant alone, as KaSA is of LoRA, come with its first adapter."""
+    plain = [m for m in methods() if view_of(m) is view and m.when is _always]
+    everywhere = {*view.containers, *(a.container for method in plain for a in addresses(method))}
+    return tuple(dict.fromkeys(a.container for a in family_addresses(view) if a.container in everywhere))
+
+
+@functools.cache
 def is_derived(view: View) -> bool:
-    """Whether layers hold leaves that no checkpoint holds."""
-    own = [method for method in methods() if view_of(method) is view]
-    return any(method.derive is not None or method.share is not None for method in own)
+    """Whether every layer holds leaves that no checkpoint holds."""
+    own = [method for method in methods() if view_of(method) is view and method.when is _always]
+    return any(method.derive is not None or method.share is not None or method.inputs for method in own)
 
 
 @functools.cache
@@ -90,16 +98,30 @@ def shared_containers(view: View) -> tuple[str, ...]:
 
 
 def new_containers(view: View) -> dict[str, nn.Module]:
-    """The empty dicts of a layer, by name."""
-    made: dict[str, nn.Module] = {}
-    constants = {leaf for method in methods() if view_of(method) is view for leaf in method.constants}
-    for leaf, container, rest in family_addresses(view):
-        if container not in made:
-            plain = BufferDict(persistent=True) if leaf in view.buffers | constants else nn.ParameterDict()
-            made[container] = nn.ModuleDict() if rest else plain
+    """The empty dicts of a new layer, by name."""
+    made = {name: _container(view, name) for name in standard_containers(view)}
     made |= {name: kind() for name, kind in view.empty.items()}
     made = {name: made[name] for name in dict.fromkeys((*view.containers, *made)) if name in made}
     return {**made, DERIVED: nn.ModuleDict()} if is_derived(view) else made
+
+
+def _container(view: View, name: str) -> nn.Module:
+    """An empty dict. One of leaves that a method of the family trains holds parameters."""
+    own = [method for method in methods() if view_of(method) is view]
+    leaf, _, rest = next(a for a in family_addresses(view) if a.container == name)
+    kinds = {method.is_constant(leaf) for method in own if leaf in method.keys or leaf in method.shared}
+    if rest:
+        return nn.ModuleDict()
+    return BufferDict(persistent=True) if leaf in view.buffers or kinds == {True} else nn.ParameterDict()
+
+
+def _container_in(layer: Any, view: View, name: str) -> Any:
+    """A dict of a layer, which is made if the layer has none."""
+    if name not in layer._modules:
+        layer._modules[name] = nn.ModuleDict() if name == DERIVED else _container(view, name)
+        attribute = "other_param_names" if name == DERIVED else "adapter_layer_names"
+        setattr(layer, attribute, (*getattr(layer, attribute), name))
+    return layer._modules[name]
 
 
 class Entry(nn.Module):
@@ -191,10 +213,13 @@ def put(layer: nn.Module, method: Method, site: Site, base: nn.Module, name: str
                 derived.register_buffer(leaf, value, persistent=False)
             continue
         _, container, rest = address
-        held: Any = layer._modules[container]
+        held: Any = _container_in(layer, view, container)
         if leaf in method.shared and take(held, name, rest) is not None:
             continue  # another layer has put it there
         constant = leaf in view.buffers or method.is_constant(leaf)
+        if constant and isinstance(held, nn.ParameterDict):  # other methods of the family train it
+            held[name] = nn.Parameter(value, requires_grad=False)
+            continue
         if rest:
             grouped.setdefault(container, {})[rest] = value
             if constant:
@@ -207,7 +232,7 @@ def put(layer: nn.Module, method: Method, site: Site, base: nn.Module, name: str
         held = layer._modules[container]
         held._modules[name] = entry_of(view, site, base, container, parts, frozen_parts.get(container, frozenset()))
     if derived._buffers:
-        layer._modules[DERIVED]._modules[name] = derived  # pyright: ignore[reportOptionalMemberAccess]
+        _container_in(layer, view, DERIVED)._modules[name] = derived
 
 
 def address_of(method: Method, leaf: str) -> Address | None:
@@ -235,6 +260,8 @@ def present(modules: Mapping[str, Any], known: tuple[Address, ...], name: str) -
     found: list[Address] = []
     for address in known:
         stem, star, after = address.rest.partition("*")
+        if address.container not in modules:
+            continue
         if not star:
             if take(modules[address.container], name, address.rest) is not None:
                 found.append(address)

@@ -16,6 +16,7 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, TargetError, did_you_mean
 from funcadapt.init import initialise
 from funcadapt.method import Draw, method_of
+from funcadapt.sharing import SHARED
 from funcadapt.sites import Site
 from funcadapt.targeting import model_type, sites
 from funcadapt.view.holding import view_of
@@ -112,17 +113,21 @@ def fresh(
         The adapter, and the base weights that it changes, by name.
     """
     view = view_of(method_of(config))
+    drawn: dict[str, Tensor] = {}
 
     def draw_of(site: Site, at: Any) -> Draw:
         draw = TorchDraw(None, site.dtype, device or site.device)
         if not draw.abstract:
-            view.warm(site, at, draw)
+            drawn.update(view.warm(site, at, draw) or {})
         return draw
 
     def shared_draw(site: Site) -> Draw:
         return TorchDraw(None, site.dtype, device or site.device)
 
-    return initialise(model, config, table, draw_of, shared_draw=shared_draw, strict=False)
+    adapter, base = initialise(model, config, table, draw_of, shared_draw=shared_draw, strict=False)
+    if drawn:
+        adapter = adapter.replace(params={**adapter.params, SHARED: {**adapter.params[SHARED], **drawn}})
+    return adapter, base
 
 
 def materialize(model: nn.Module, adapter: Adapter, name: str = "default") -> nn.Module:

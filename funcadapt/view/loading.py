@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
+from funcadapt.errors import AdapterError
 from funcadapt.keys import PREFIX
 from funcadapt.method import Draw, method_of
 from funcadapt.sharing import SHARED, complete
 from funcadapt.sites import Site, device_of
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
-from funcadapt.view.entries import Entries, above, config_of, reduced, without_name
+from funcadapt.view.entries import Entries, above, config_of, join, reduced, without_name
 from funcadapt.view.holding import Address, set_buffer, take
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.values import adapter_of
@@ -53,6 +54,7 @@ def load_adapter_state_dict(
     config = config or config_of(model, name)
     held: dict[str, Any] = model.state_dict()
     entries = Entries(model, name)
+    tensors = _restored(entries, name, config, tensors)
     to_model = _load_map(entries, name, held, tensors)
     prefixed = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
     values: dict[str, Any] = {}
@@ -117,6 +119,34 @@ def _at(layer: AdapterLayer, address: Address, name: str) -> Tensor:
     found = take(layer._modules[address.container], name, address.rest)  # pyright: ignore
     assert found is not None
     return found
+
+
+def _restored(
+    entries: Entries, name: str, config: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """A checkpoint with the leaves that its method holds, where it has them in another form."""
+    if not entries.own:
+        return tensors
+    method = entries.own[0].layer.adapters[name].method
+    found = dict(tensors)
+
+    def take_out(keys: Mapping[str, str]) -> dict[str, Tensor]:
+        given = {
+            leaf: next((k for k in (key, key.removeprefix(PREFIX)) if k in found), None) for leaf, key in keys.items()
+        }
+        return {leaf: found.pop(key) for leaf, key in given.items() if key is not None}
+
+    for own in entries.own if method.written else ():
+        leaves = take_out({leaf: join(own.path, key) for leaf, key in method.written.items()})
+        made = method.restore(config, own.layer.site.path, leaves) if leaves else leaves
+        found |= {own.keys[leaf][0]: value for leaf, value in made.items()}
+    shared = {leaf: key for leaf, (key, _) in entries.shared.items()}
+    leaves = take_out(shared)
+    lacking = [leaf for leaf in shared if leaf not in leaves and method.is_constant(leaf)]
+    if lacking and method.complete(config):
+        raise AdapterError(f"The checkpoint lacks {lacking[0]!r}, which all layers share.")
+    made = method.restore(config, SHARED, leaves) if leaves else leaves
+    return found | {shared[leaf]: value for leaf, value in made.items()}
 
 
 def _load_map(entries: Entries, name: str, held: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
@@ -201,6 +231,8 @@ def _resized(
     for own in entries.own:
         leaves = {leaf: held[key] for leaf, (_, key) in own.keys.items() if key in held}
         for leaf, value in reduced(own.layer, name, config, leaves).items():
+            if leaf not in own.keys:
+                continue
             key = own.keys[leaf][1]
             # a checkpoint that was written before the config was changed has all of it
             whole = isinstance(values.get(key), Tensor) and values[key].shape == leaves[leaf].shape

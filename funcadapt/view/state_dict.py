@@ -92,7 +92,9 @@ def _stored(own: Own, name: str, config: AdapterConfig, every: Mapping[str, Tens
     leaves = {leaf: every[held] for leaf, (_, held) in own.keys.items() if held in every}
     if not leaves:  # a state dict that is a checkpoint's already, as scripts make it that replace `model.state_dict`
         return {key: every[key] for key, _ in own.keys.values() if key in every}
-    return {own.keys[leaf][0]: value for leaf, value in reduced(own.layer, name, config, leaves).items()}
+    written = own.layer.adapters[name].method.written
+    stored = reduced(own.layer, name, config, leaves)
+    return {join(own.path, written[k]) if k in written else own.keys[k][0]: value for k, value in stored.items()}
 
 
 def _stored_shared(

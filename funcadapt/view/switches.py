@@ -164,7 +164,8 @@ class Switches(TunerLayer):
             for leaf, container, rest in self.addresses_of(name, held) if held is not None else ():
                 value = take(self._modules[container], name, rest)  # pyright: ignore[reportArgumentType]
                 if isinstance(value, nn.Parameter) and value.is_floating_point():
-                    value.requires_grad_(requires_grad and leaf not in frozen)
+                    trained = leaf not in frozen and held is not None and not held.method.is_constant(leaf)
+                    value.requires_grad_(requires_grad and trained)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. If it was the only active one, the alphabetically first one left takes its place."""

@@ -51,7 +51,7 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
             frozen |= {a.leaf for a in layer.addresses_of(name, layer.adapters[name]) if a.container == DERIVED}
             for leaf, tensor in leaves.items():
                 tree = buffers if leaf in frozen or method.is_constant(leaf) else params
-                tree.setdefault(SHARED if leaf in method.shared else path, {})[leaf] = tensor
+                tree.setdefault(SHARED if leaf in method.shared or leaf in method.inputs else path, {})[leaf] = tensor
     with unwrapped(root):
         paths = {id(module): path for path, module in named_modules(root)}
         biases = [(path, root.get_submodule(path)._parameters["bias"]) for path in _bias_owners(root, config, params)]

@@ -10,7 +10,7 @@ from typing import Any
 import optree
 import pytest
 import torch
-from cases import FIRST, LAWS, REFERENCE, SLOW, Case, tolerance, tree_close
+from cases import FIRST, REFERENCE, SLOW, Case, tolerance, tree_close
 from oracles import Snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -28,13 +28,26 @@ pytestmark = [
 ]
 
 HOW = [None, "gather", "sort", "masked"]
+
+
+def ways(cases: list[Case], hows: list[str | None]) -> pytest.MarkDecorator:
+    """Every way of routing where it can differ: at a linear layer, and everywhere for what stands for all."""
+    pairs = [
+        (case, how)
+        for case in cases
+        for how in hows
+        if case in REFERENCE or case.kind.name == "linear" or how == hows[0]
+    ]
+    return pytest.mark.parametrize(("case", "how"), pairs, ids=[f"{case}-{how}" for case, how in pairs])
+
+
 # What these layers do with a row depends on where it stands, so a row alone says nothing. `grouped` runs them on the
 # rows of each group, where all is well defined. `routed` wants layers that treat rows independently: here it is only
 # tested in eager mode on rows in equal groups, where it must do the same.
 BY_POSITION = frozenset({"experts_bmm", "experts_grouped"})
 # Adapted through their weight: there is no output of theirs to weigh row by row.
 THROUGH_THE_WEIGHT = frozenset({"mha", "mha_no_bias"})
-HOOKED = [c for c in LAWS if not c.kind.is_parameter and c.kind.name not in THROUGH_THE_WEIGHT]
+HOOKED = [c for c in FIRST if not c.kind.is_parameter and c.kind.name not in THROUGH_THE_WEIGHT]
 
 Tree = Any
 
@@ -89,7 +102,7 @@ def refuses(case: Case, how: str | None) -> bool:
 
 
 def has_rank(case: Case) -> bool:
-    return case.method.rank_field in {field.name for field in dataclasses.fields(case.method.config)}
+    return case.method.with_rank is not None
 
 
 def of_ranks(case: Case, model: nn.Sequential, ranks: tuple[int, ...]) -> list[fa.Adapter]:
@@ -109,7 +122,7 @@ def of_ranks(case: Case, model: nn.Sequential, ranks: tuple[int, ...]) -> list[f
 # -- values -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", LAWS, ids=str)
+@pytest.mark.parametrize("case", FIRST, ids=str)
 def test_grouped_is_a_loop(case: Case) -> None:
     model, xs = case.model(), inputs(case, 3)
     adapters = [case.adapter(model, seed) for seed in range(3)]
@@ -125,8 +138,7 @@ def test_grouped_is_a_loop(case: Case) -> None:
     torch.testing.assert_close(fa.functional_call(model, expand, (xs[0],)), shared, **close)
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("case", LAWS, ids=str)
+@ways(FIRST, HOW)
 def test_routed_is_a_loop_over_rows(case: Case, how: str | None) -> None:
     model, x = case.model(), torch.cat(inputs(case, 3))
     adapters = [case.adapter(model, seed) for seed in range(3)]
@@ -148,8 +160,7 @@ def test_routed_is_a_loop_over_rows(case: Case, how: str | None) -> None:
         torch.testing.assert_close(out, model(x), **tolerance(out.dtype, out.abs().max().item(), roundings=4))
 
 
-@pytest.mark.parametrize("how", [None, "masked"])
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.name not in BY_POSITION], ids=str)
+@ways([c for c in FIRST if c.kind.name not in BY_POSITION], [None, "masked"])
 def test_an_index_entry_is_for_consecutive_rows(case: Case, how: str | None) -> None:
     """Beams, return sequences, and tokens that a layer sees as rows."""
     if refuses(case, how):
@@ -167,8 +178,7 @@ def test_an_index_entry_is_for_consecutive_rows(case: Case, how: str | None) -> 
 TOKENS = frozenset({"linear", "hf_conv1d", "embedding", "embedding_padding"})
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("case", [c for c in LAWS if c.kind.name in TOKENS], ids=str)
+@ways([c for c in FIRST if c.kind.name in TOKENS], HOW)
 def test_an_index_of_two_axes_routes_tokens(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -181,7 +191,7 @@ def test_an_index_of_two_axes_routes_tokens(case: Case, how: str | None) -> None
     torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("case", LAWS, ids=str)
+@pytest.mark.parametrize("case", FIRST, ids=str)
 def test_bfloat16_is_the_loop_up_to_roundings(case: Case) -> None:
     low = torch.bfloat16
     model, xs = case.model(low), [x.to(low) if x.is_floating_point() else x for x in inputs(case, 3)]
@@ -255,7 +265,7 @@ def _check_gradients(
         tree_close(dict(cut.params), g, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", LAWS, ids=str)
+@pytest.mark.parametrize("case", FIRST, ids=str)
 def test_gradients_of_grouped_are_the_loops(case: Case) -> None:
     model, xs = case.model(), inputs(case, 3)
     size = len(xs[0])
@@ -267,8 +277,7 @@ def test_gradients_of_grouped_are_the_loops(case: Case) -> None:
     _check_gradients(case, model, fa.grouped, adapters, loop, torch.cat(xs))
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("case", LAWS, ids=str)
+@ways(FIRST, HOW)
 def test_gradients_of_routed_are_the_loops(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -289,8 +298,7 @@ def test_gradients_of_routed_are_the_loops(case: Case, how: str | None) -> None:
     assert not any(t[1].any() for t in pytree.tree_leaves(g))
 
 
-@pytest.mark.parametrize("how", ["grouped", *HOW[1:]])
-@pytest.mark.parametrize("case", [c for c in LAWS if has_rank(c)], ids=str)
+@ways([c for c in FIRST if has_rank(c)], ["grouped", *HOW[1:]])
 def test_mixed_ranks_are_padded_and_the_padding_has_no_gradient(case: Case, how: str) -> None:
     if refuses(case, how):
         return
@@ -356,8 +364,7 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=fa.checkpoint_context)  # pyright: ignore
 
 
-@pytest.mark.parametrize("how", ["grouped", *HOW])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@ways(FIRST, ["grouped", *HOW])
 def test_checkpointed_gradients_equal_plain_ones(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -457,7 +464,7 @@ class Bomb(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("case", LAWS, ids=str)
+@pytest.mark.parametrize("case", FIRST, ids=str)
 def test_the_model_is_unchanged(case: Case) -> None:
     model, x = case.model().append(Bomb()), torch.cat(inputs(case, 3))
     stack, index = fa.stack([case.adapter(model, seed) for seed in range(3)]), index_for(case, len(x))
@@ -577,7 +584,7 @@ def test_weights_interpolate_grouped_and_routed(case: Case) -> None:
 # -- dropout ----------------------------------------------------------------------------------------------
 
 DROPOUT = [
-    c for c in LAWS if c.method.dropout(c.variant.config(target_modules=[c.kind.target])) and c.kind.name != "mha"
+    c for c in FIRST if c.method.dropout(c.variant.config(target_modules=[c.kind.target])) and c.kind.name != "mha"
 ]
 DROPOUT = [c for c in DROPOUT if c.kind.name not in THROUGH_THE_WEIGHT]
 

@@ -22,6 +22,8 @@ CONVS = frozenset({"conv1d", "conv2d", "conv2d_grouped", "conv3d"})
 GROUPED = frozenset({"conv2d_grouped"})
 MHA = frozenset({"mha", "mha_no_bias"})
 WITHOUT_BIAS = PARAMETERS | {"linear_no_bias", "conv3d", "mha_no_bias", *EMBEDDINGS}
+LINEAR = frozenset({"linear", "linear_no_bias", "hf_conv1d"})
+EVERY = LINEAR | EMBEDDINGS | CONVS | MHA | PARAMETERS
 NONE: frozenset[str] = frozenset()
 
 Dense = tuple[Tensor, Tensor | None]
@@ -39,6 +41,8 @@ class Variant:
         unusable: kinds where the dense form is the only one, and there is none: calls must raise SiteError.
         identity: whether a new adapter changes nothing.
         training: whether the laws run in training mode; not with dropout, which has no dense form.
+        inputs: what the method needs of every call, the same for all rows: (1, ...). An adapter under the laws holds
+            it as a leaf.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Variant:
     unusable: frozenset[str] = NONE
     identity: bool = True
     training: bool = True
+    inputs: Mapping[str, Tensor] = dataclasses.field(default_factory=dict[str, Tensor])
 
 
 def config(cls: type[fa.AdapterConfig], **fields: Any) -> Callable[..., fa.AdapterConfig]:
