@@ -132,7 +132,8 @@ class PeftModel(FilesMixin, HubMixin):
             yield
 
     def _without_special(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in kwargs.items() if name not in self.special_peft_forward_args}
+        special = self.special_peft_forward_args | self.base_model.call_inputs
+        return {name: value for name, value in kwargs.items() if name not in special}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, of rows that may use different adapters.

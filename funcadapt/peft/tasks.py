@@ -37,7 +37,9 @@ class _TaskModel(PeftModel):
         self._save_head(peft_config)
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
-    def _call(self, named: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    def _call(self, named: dict[str, Any], kwargs: dict[str, Any], task_ids: Any = None) -> Any:
+        if task_ids is not None and "task_ids" in self.base_model.call_inputs:
+            kwargs = {**kwargs, "task_ids": task_ids}
         config: Any = getattr(self.base_model, "config", None)
         if self.fills_return_dict and named["return_dict"] is None:
             named["return_dict"] = getattr(config, "return_dict", True) and not getattr(config, "torchscript", False)
@@ -62,7 +64,7 @@ class _LabelledModel(_TaskModel):
         task_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The model's output. `task_ids` is accepted and dropped, as by PEFT for every method but Poly."""
+        """The model's output. `task_ids` is for Poly, and dropped for other methods, as in PEFT."""
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -72,7 +74,7 @@ class _LabelledModel(_TaskModel):
             "output_hidden_states": output_hidden_states,
             "return_dict": return_dict,
         }
-        return self._call(named, kwargs)
+        return self._call(named, kwargs, task_ids)
 
 
 class _ClassifyingModel(_LabelledModel):
@@ -127,7 +129,8 @@ class PeftModelForQuestionAnswering(_TaskModel):
             "return_dict": return_dict,
         }
         ids = {"token_type_ids": token_type_ids, "position_ids": position_ids}
-        return self._call(named | {name: value for name, value in ids.items() if value is not None}, kwargs)
+        given = {name: value for name, value in ids.items() if value is not None}
+        return self._call(named | given, kwargs, task_ids)
 
 
 class PeftModelForFeatureExtraction(_TaskModel):
@@ -144,7 +147,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
         task_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The model's output. `task_ids` is accepted and dropped."""
+        """The model's output. `task_ids` is for Poly, and dropped for other methods."""
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -153,7 +156,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
             "output_hidden_states": output_hidden_states,
             "return_dict": return_dict,
         }
-        return self._call(named, kwargs)
+        return self._call(named, kwargs, task_ids)
 
 
 class _GeneratingModel(_TaskModel):
@@ -198,7 +201,7 @@ class PeftModelForSeq2SeqLM(_GeneratingModel):
         task_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The model's output. `task_ids` is accepted and dropped."""
+        """The model's output. `task_ids` is for Poly, and dropped for other methods."""
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -211,7 +214,7 @@ class PeftModelForSeq2SeqLM(_GeneratingModel):
             "output_hidden_states": output_hidden_states,
             "return_dict": return_dict,
         }
-        return self._call(named, kwargs)
+        return self._call(named, kwargs, task_ids)
 
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         """The model's inputs for its next step."""

@@ -235,6 +235,24 @@ def put(layer: nn.Module, method: Method, site: Site, base: nn.Module, name: str
         _container_in(layer, view, DERIVED)._modules[name] = derived
 
 
+def unsaved(layer: nn.Module, method: Method, config: Any, name: str, leaves: Mapping[str, Tensor]) -> None:
+    """Keep what layers share out of state dicts where the config keeps it out of checkpoints, as in PEFT.
+
+    Args:
+        layer: the layer, which holds the leaves.
+        method: the adapter's method.
+        config: its config.
+        name: its name.
+        leaves: its leaves.
+    """
+    shared = {leaf: value for leaf, value in leaves.items() if leaf in method.shared}
+    stored = method.stored(config, "", shared) if shared and method.stored is not None else {}
+    for leaf, value in stored.items():
+        address = address_of(method, leaf)
+        if value is None and address is not None and not address.rest:
+            layer._modules[address.container]._non_persistent_buffers_set.add(name)  # pyright: ignore
+
+
 def address_of(method: Method, leaf: str) -> Address | None:
     """Where a leaf is held, or None if no checkpoint has it."""
     numbered = leaf.rpartition(".")

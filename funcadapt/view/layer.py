@@ -7,7 +7,7 @@ methods, with the tensors that its dicts hold at that moment.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from funcadapt.compose import Level, dense_levels, nest
 from funcadapt.config import AdapterConfig
 from funcadapt.layer import Dense, Layer
 from funcadapt.sites import Site
-from funcadapt.view.holding import dropout_module, new_containers, put, scalar, take
+from funcadapt.view.holding import dropout_module, new_containers, put, scalar, take, unsaved
 from funcadapt.view.switches import Held, Kept, Switches
 
 
@@ -34,6 +34,7 @@ class AdapterLayer(Switches):
         site: the place, described without wrappers.
         adapters: adapter name -> what is known of it here.
         merged_adapters: the names of those that are in the base weight now.
+        inputs: what the methods need of the current call, see `Method.inputs`.
         kept: base parameter -> its value before they were merged.
         tied: the base parameters that another module has, too.
         cast_input_dtype_enabled: whether the input is cast to the adapter's dtype; otherwise the leaves are cast to
@@ -41,6 +42,7 @@ class AdapterLayer(Switches):
     """
 
     base_layer: nn.Module
+    inputs: ClassVar[Mapping[str, Tensor]] = {}  # set on the layers for the time of a call
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class AdapterLayer(Switches):
         """
         held = Held(config)
         put(self, held.method, self.site, self.get_base_layer(), name, leaves)
+        unsaved(self, held.method, config, name, leaves)
         self.adapters[name] = held
         self.addresses_of(name, held)  # now, and not while something is compiled
         view = self.view
@@ -154,6 +157,8 @@ class AdapterLayer(Switches):
         for leaf in self.view.frozen:
             if leaf in p:
                 p[leaf] = p[leaf].reshape(())  # held with one axis, as in PEFT
+        if self.inputs:
+            p |= {leaf: value for leaf, value in self.inputs.items() if leaf in held.method.inputs}
         derived = self.view.derived
         if derived and p:
             like = next(value for value in p.values() if value.is_floating_point())

@@ -77,6 +77,10 @@ def load_adapter_state_dict(
     _resize(entries, name, resized, values)
     split = {key: _split_like(held.get(key), value) for key, value in values.items()}
     result = model.load_state_dict(split, strict=False, assign=low_cpu_mem_usage)
+    for _, key in entries.shared.values() if entries.own else ():
+        if key in split:  # all layers hold the same one
+            suffix = key.removeprefix(entries.own[0].path)
+            result.missing_keys[:] = [missing for missing in result.missing_keys if not missing.endswith(suffix)]
     if low_cpu_mem_usage:
         for _, layer in entries.layers:
             _move_to_base(layer, name)

@@ -17,9 +17,10 @@ from funcadapt.method import Method, method_of
 from funcadapt.sharing import shared_of
 from funcadapt.sites import Site
 from funcadapt.swapping import heads_of
+from funcadapt.tying import ties
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from funcadapt.view.classes import layer_class
-from funcadapt.view.holding import shared_containers, view_of
+from funcadapt.view.holding import address_of, shared_containers, view_of
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.through import is_read_by_parent
 from funcadapt.view.walking import ViewState
@@ -123,6 +124,7 @@ class Placing:
         self.name, self.adapter, self.bound, self.bare = name, adapter, bound, bare
         self.state, self.change, self.copy, self.root = state, change, copy, root
         self._of_all: dict[str, Tensor] | None = None
+        self._placed: dict[str, AdapterLayer] = {}
         self._first: AdapterLayer | None = None
 
     def place(self) -> None:
@@ -156,6 +158,7 @@ class Placing:
             layer = layer.base_layer
         if isinstance(layer, AdapterLayer):
             layer.add(self.name, config, self._leaves(method, site))
+            self._tie(method, layer)
             self.change.on_failure(lambda: layer.delete_adapter(self.name))
             return
         if isinstance(top, AuxiliaryTrainingWrapper):
@@ -167,6 +170,7 @@ class Placing:
         self._first = layer if self._first is None else self._first
         layer.tied = self.bare.tied(found.module)
         layer.add(self.name, config, self._leaves(method, site))
+        self._tie(method, layer)
         for holder, place in ((parent, name), *others):
             self.change.set(holder._modules, place, layer)
             self._no_fast_path(holder)
@@ -180,8 +184,20 @@ class Placing:
         view = view_of(method)
         # a new adapter's numbers are what its config says
         numbers = method.buffers(self.adapter.config).keys() - view.frozen - set(view.derived if self.copy else ())
-        own = {**own, **{leaf: tensor for leaf, tensor in frozen.items() if leaf not in numbers}}
+        tied = {name for name, _, _ in ties(frozen)} if method.tied else set[str]()
+        own = {**own, **{leaf: tensor for leaf, tensor in frozen.items() if leaf not in numbers | tied}}
         return {**{leaf: self._own(t) for leaf, t in own.items()}, **self._shared(method)}
+
+    def _tie(self, method: Method, layer: AdapterLayer) -> None:
+        """Hold the leaves of another layer that this one uses, as the same parameters."""
+        self._placed[layer.site.path] = layer
+        for _, leaf, path in ties(self.adapter.buffers.get(layer.site.path, {})) if method.tied else ():
+            address = address_of(method, leaf)
+            assert address is not None
+            here, there = (each._modules[address.container] for each in (layer, self._placed[path]))
+            slot = "_modules" if address.rest else "_parameters"
+            getattr(here, slot)[self.name] = getattr(there, slot)[self.name]
+            layer.adapters[self.name].present = None  # looked up anew
 
     def _shared(self, method: Method) -> dict[str, Tensor]:
         """What all sites share: copied once."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
@@ -131,6 +131,31 @@ def disabled(model: nn.Module) -> Generator[nn.Module, None, None]:
             part._disable_adapters = switch
         for part, names in reversed(merged):
             part.merge(adapter_names=names)
+
+
+@contextlib.contextmanager
+def given(model: nn.Module, inputs: Mapping[str, Tensor]) -> Generator[nn.Module, None, None]:
+    """What methods need of every call beside the layers' inputs (Poly's "task_ids"), for the duration of a block.
+
+    Args:
+        model: the model.
+        inputs: by name, rows first, as `fa.functional_call` takes them.
+
+    Yields:
+        The model.
+    """
+    found = [layer for _, layer in layers(model)] if inputs else []
+    before = [layer.__dict__.get("inputs") for layer in found]
+    try:
+        for layer in found:
+            layer.__dict__["inputs"] = dict(inputs)
+        yield model
+    finally:
+        for layer, old in zip(found, before, strict=True):
+            if old is None:
+                layer.__dict__.pop("inputs", None)
+            else:
+                layer.__dict__["inputs"] = old
 
 
 def delete_adapter(model: nn.Module, name: str) -> list[str]:

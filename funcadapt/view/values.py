@@ -14,6 +14,7 @@ from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import method_of
 from funcadapt.sharing import SHARED
+from funcadapt.tying import tie
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from funcadapt.view.holding import DERIVED
 from funcadapt.view.merging import merged_parts
@@ -40,6 +41,7 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
     method = method_of(config)
     params: dict[str, dict[str, Tensor]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
+    owners: dict[int, str] = {}
     for _, layer in layers(root):
         if name in layer.adapters:
             leaves, path = layer.leaves(name), layer.site.path
@@ -50,11 +52,17 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
             frozen = layer.view.frozen | layer.view.buffers | set(layer.view.derived)
             frozen |= {a.leaf for a in layer.addresses_of(name, layer.adapters[name]) if a.container == DERIVED}
             for leaf, tensor in leaves.items():
+                if leaf in method.tied:
+                    first = owners.setdefault(id(tensor), path)
+                    if first != path:
+                        buffers.setdefault(path, {})[tie(leaf, first)] = torch.zeros((), device=tensor.device).long()
+                        continue
                 tree = buffers if leaf in frozen or method.is_constant(leaf) else params
                 tree.setdefault(SHARED if leaf in method.shared or leaf in method.inputs else path, {})[leaf] = tensor
     with unwrapped(root):
         paths = {id(module): path for path, module in named_modules(root)}
-        biases = [(path, root.get_submodule(path)._parameters["bias"]) for path in _bias_owners(root, config, params)]
+        owners_of_biases = _bias_owners(root, config, {**buffers, **params})
+        biases = [(path, root.get_submodule(path)._parameters["bias"]) for path in owners_of_biases]
     for _, wrapper in auxiliaries(root):
         if name in wrapper.available_adapters:
             _auxiliary_leaves(wrapper, name, paths[id(bare(wrapper))], params, buffers)

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_tools import config_file, layer_model, peft_load, peft_save, raw, same_tensors, wrap
+from peft_tools import config_file, layer_model, peft_load, peft_save, raw, same_tensors, tiny, wrap
 from torch.func import grad
 
 import funcadapt as fa
@@ -110,3 +110,24 @@ def test_what_is_missing_or_wrong_raises() -> None:
             fa.PolyConfig(**bad)
     with pytest.raises(fa.SiteError, match="n_splits=4 does not divide"):
         fa.init(model, fa.PolyConfig(n_splits=4, target_modules=["layer"]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
+def test_the_in_place_model_takes_task_ids() -> None:
+    """A model of a task, its `generate`, and a bare injected model."""
+    import funcadapt.peft as shim
+
+    config: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "init_weights": False, **FIELDS}
+    outs: list[torch.Tensor] = []
+    texts: list[torch.Tensor] = []
+    ids = {"input_ids": torch.randint(2, 32, (3, 5), generator=torch.Generator().manual_seed(0))}
+    for package in (peft, shim):
+        torch.manual_seed(7)
+        model: Any = package.get_peft_model(tiny("llama"), package.PolyConfig(task_type="CAUSAL_LM", **config)).eval()
+        outs.append(model(**ids, task_ids=TASKS).logits)
+        texts.append(model.generate(**ids, task_ids=TASKS, max_new_tokens=3, do_sample=False))
+    torch.testing.assert_close(outs[1], outs[0])
+    assert torch.equal(texts[1], texts[0])
+    with pytest.raises(ValueError, match="task_ids should not be None"):
+        model(**ids)
+    assert all("inputs" not in vars(module) for module in model.modules())
