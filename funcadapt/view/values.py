@@ -17,6 +17,7 @@ from funcadapt.sharing import SHARED
 from funcadapt.tying import tie
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from funcadapt.view.holding import DERIVED
+from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.merging import merged_parts
 from funcadapt.view.walking import auxiliaries, bare, layers, root_of, set_view_state, unwrapped, view_state, wrapped
 
@@ -42,7 +43,7 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
     params: dict[str, dict[str, Tensor]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
     owners: dict[int, str] = {}
-    for _, layer in layers(root):
+    for layer in _innermost_first(root):
         if name in layer.adapters:
             leaves, path = layer.leaves(name), layer.site.path
             if layer.site.experts:
@@ -73,6 +74,14 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
         params = {SHARED: params.pop(SHARED), **params}
     found = Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config)
     return found.replace(config=method.describe(config, {path: found.leaves(path) for path in params}))
+
+
+def _innermost_first(root: nn.Module) -> list[AdapterLayer]:
+    """Every layer. Those of several parameters of one module nest, and a file says by the depth which is which."""
+    nested: dict[int, list[AdapterLayer]] = {}
+    for _, layer in layers(root):
+        nested.setdefault(id(layer.get_base_layer()), []).insert(0, layer)
+    return [layer for group in nested.values() for layer in group]
 
 
 def _bias_owners(root: nn.Module, config: Any, adapted: Mapping[str, Any]) -> list[str]:

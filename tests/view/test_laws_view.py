@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from cases import FIRST, REFERENCE, Case, PlainParameter, tolerance, tree_close
 from oracles import Snapshot
 from peft_tools import tiny, tokens
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
@@ -501,3 +503,16 @@ def test_values_are_live() -> None:
     fa.materialize(model, fa.init(model, fa.LoraConfig(r=2, target_modules=["0"])))
     adapter_of(model, "default").params["0"]["lora_B"].data.fill_(7)
     assert model.get_parameter("0.lora_B.default.weight").eq(7).all()
+
+
+def test_several_parameters_of_a_module_are_saved_as_they_nest(tmp_path: Path) -> None:
+    """PEFT's keys say by the depth which parameter is which: innermost is the one that was registered first."""
+    model = nn.Sequential(nn.ParameterDict({"a": torch.randn(4, 4), "b": torch.randn(4, 4)}))
+    config = fa.LoraConfig(r=2, target_modules=[], target_parameters=["0.a", "0.b"], init_lora_weights=False)
+    adapter = fa.init(model, config)
+    fa.materialize(model, adapter)
+    found = fa.dematerialize(model)["default"]
+    assert [*found.params] == [*adapter.params]
+    for folder, value in (("a", adapter), ("b", found)):
+        fa.save(value, tmp_path / folder)
+    same_bits(*(load_file(tmp_path / folder / "adapter_model.safetensors") for folder in "ab"))
