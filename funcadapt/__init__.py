@@ -21,6 +21,8 @@ from funcadapt.call import math_attention as math_attention
 from funcadapt.checkpoint import load as load
 from funcadapt.checkpoint import save as save
 from funcadapt.config import AdapterConfig as AdapterConfig
+from funcadapt.convert import convert as convert
+from funcadapt.convert import extract as extract
 from funcadapt.copying import structural_copy as structural_copy
 from funcadapt.errors import AdapterError as AdapterError
 from funcadapt.errors import AdapterFileError as AdapterFileError

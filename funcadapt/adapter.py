@@ -148,7 +148,7 @@ class Adapter:
         tensors = [t for t in self.tensors() if isinstance(t, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
         if len(tensors) != sum(1 for _ in self.tensors()):
             return f"Adapter(params={self.params!r}, buffers={self.buffers!r})"  # a prefix tree, as in in_dims
-        sites = len({*self.params, *self.buffers})
+        sites = len({*self.params, *self.buffers} - {""})  # less what they share
         single = self if self.members is None else self.map(lambda t: t[0] if t.ndim else t)
         ranks = sorted({r for path in self.params if (r := self.config.rank(single.leaves(path)))})
         parts = [self.config.label(), f"{sites} site{'s' * (sites != 1)}"]

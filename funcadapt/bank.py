@@ -132,7 +132,7 @@ class AdapterBank:
 
     def __repr__(self) -> str:
         """How full it is, method, sites, ranks and dtype in one line."""
-        stack, sites = self.stack, len(self._slots.ranks)
+        stack, sites = self.stack, sum(map(bool, self._slots.ranks))
         ranks = sorted({r for r in self._slots.ranks.values() if r})
         parts = [f"{len(self)} of {self.capacity} slots", stack.config.label(), f"{sites} site{'s' * (sites != 1)}"]
         if ranks:

@@ -22,6 +22,7 @@ from funcadapt.method import Method, method_of
 from funcadapt.rows import Rows
 from funcadapt.sharing import SHARED, shared_of
 from funcadapt.sites import Site, describe
+from funcadapt.tying import untied
 
 TOKENS, TOKEN_INDICES = "trainable_tokens_delta", "token_indices"
 _PLANS_KEPT = 64
@@ -240,12 +241,16 @@ def bind(model: nn.Module, entries: Sequence[tuple[str, Entry, Weight]], state: 
                         "adapter made for another model?"
                     )
                 p = {**own, **frozen}
+                if method.tied:
+                    p = untied(p, params, path)
                 axis = int(rows is not None)
                 if place.site.experts == 1:  # its leaves have no expert axis: a checkpoint cannot tell it from 2-D
                     p = {name: leaf.unsqueeze(axis) if leaf.ndim > axis else leaf for name, leaf in p.items()}
                 if shared:
-                    experts = place.site.experts
-                    p = {**(with_experts(shared, experts, axis) if experts else shared), **p}
+                    experts, here = place.site.experts, shared
+                    if method.uses is not None:
+                        here = {name: shared[name] for name in method.uses(place.site, p, shared)}
+                    p = {**(with_experts(here, experts, axis) if experts else here), **p}
                 bound.levels.setdefault(path, []).append(Level(method, adapter.config, p, w, rows))
     return bound
 
@@ -299,13 +304,19 @@ def check_shapes(bound: Bound) -> None:
         SiteError: for the first leaf whose shape does not fit.
         AdapterError: for the first whole parameter whose shape does not fit.
     """
-    from funcadapt.init import expected_shapes
+    from funcadapt.init import expected_shapes, expected_shared_shapes
 
+    sharing: dict[int, tuple[Level, dict[str, Tensor], list[Site]]] = {}
     for path, levels in bound.levels.items():
         site = bound.places[path].site
         assert site is not None
         for level in levels:
             p = level.p if level.rows is None else {name: leaf[0] for name, leaf in level.p.items()}
+            if level.method.share is not None:
+                one = {name: leaf[0] for name, leaf in p.items() if leaf.ndim} if site.experts else p
+                _, every, table = sharing.setdefault(id(level.config), (level, {}, []))
+                every.update(one)  # a site may not use all that is shared
+                table.append(site)
             expected = expected_shapes(site, level.method, level.config, p)
             for name, shape in expected.items():
                 got = tuple(p[name].shape) if name in p else None
@@ -316,6 +327,11 @@ def check_shapes(bound: Bound) -> None:
                         f"{level.method.name} at {path!r}: {name} has shape {got}, expected {shape} for a {site.kind} "
                         f"of shape {site.shape}. Was this adapter made for another model?"
                     )
+    for level, p, table in sharing.values():
+        for name, shape in expected_shared_shapes(table, level.method, level.config).items():
+            got = tuple(p[name].shape) if name in p else None
+            if got != shape:
+                raise SiteError(f"What all sites share, {name}, must have shape {shape} by the config, got {got}.")
     for _, module, name, tensor, _, rows in bound.replaced:
         old = module._parameters.get(name, module._buffers.get(name))
         tensor = tensor if rows is None else tensor[0]

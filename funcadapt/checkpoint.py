@@ -30,6 +30,7 @@ from funcadapt.method import Draw, Method, method_of
 from funcadapt.sharing import SHARED, Tree, complete, shared_of
 from funcadapt.sites import Site
 from funcadapt.targeting import names_match, sites, whole_names
+from funcadapt.tying import untied_trees
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FORMAT_OF = "0.21.2"  # the PEFT release whose format this is
@@ -88,6 +89,8 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
 
 def _saved(adapter: Adapter, method: Method, config: AdapterConfig) -> TensorTree:
     """The leaves that a checkpoint holds, in the form in which it does."""
+    if method.tied:
+        adapter = adapter.replace(params=untied_trees(adapter.params, adapter.buffers, copy=True)[0])
     if method.stored is None and not method.constants:
         return adapter.params
     saved: dict[str, dict[str, Tensor]] = {}
@@ -186,7 +189,11 @@ def load(
         order, known = names_in(metadata, "target_parameters"), names_in(metadata, "buffers")
         params, buffers = decode(tensors, config, method, order, model, known or ())
         plain = method.buffers(config)
-        if shared := shared_of(method, params, buffers):
+        shared = shared_of(method, params, buffers)
+        lacking = [name for name in method.shared if name not in shared and "*" not in name]
+        if lacking and method.complete(config) and any(name in method.keys for p in params.values() for name in p):
+            raise AdapterFileError(f"{folder / WEIGHTS} lacks {lacking[0]!r}, which all sites share.")
+        if shared:
             method.check(config, SHARED, shared)
         for path in (*params, *(path for path in buffers if path not in params)) if method.constants else params:
             leaves = params.get(path, {})
@@ -237,7 +244,7 @@ def _complete(method: Method, config: AdapterConfig, trees: tuple[Tree, Tree], m
         own = (leaf for tree in trees for leaf in tree.get(site.path, {}).values() if leaf.is_floating_point())
         return Draw(None, next(own, like).dtype, like.device)
 
-    missing = complete(model, method, config, table, trees, draw_of)
+    missing = complete(model, method, config, table, trees, draw_of, from_file=True)
     if missing:
         raise SiteError(f"The file lacks {missing[0]!r}, which all sites share.")
 

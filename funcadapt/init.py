@@ -240,6 +240,24 @@ def expected_shapes(site: Site, method: Method, config: Any, p: Leaf) -> dict[st
     return {name: tuple(leaf.shape) for name, leaf in fresh(method, site, at, draw, abstract).params.items()}
 
 
+def expected_shared_shapes(table: Sequence[Site], method: Method, config: Any) -> dict[str, tuple[int, ...]]:
+    """The shape that each trained leaf must have that sites share. Frozen ones may be larger than they need be.
+
+    Args:
+        table: the sites.
+        method: the method.
+        config: the adapter's config.
+
+    Returns:
+        Leaf name -> shape.
+    """
+    if method.share is None:
+        return {}
+    draw = Draw(None, table[0].dtype, torch.device("meta"))
+    made = method.share(table, config, draw, lambda site: torch.empty(*site.stack, *site.shape, device="meta"))
+    return {name: tuple(leaf.shape) for name, leaf in made.params.items()}
+
+
 def _copy(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     return tensor.detach().clone().to(device) if device is not None else tensor.detach().clone()
 

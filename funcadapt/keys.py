@@ -55,20 +55,25 @@ def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[st
         if own and _is_parameter(adapter.config, path, stacked=method.pack(own) is not own):
             owners.setdefault(path.rpartition(".")[0], []).append(path)
     tensors: dict[str, Tensor] = {}
+    in_common = {name: leaf for name, leaf in adapter.params.get(SHARED, {}).items() if name in method.shared}
+    tensors |= {_ROOT + method.shared[name]: leaf for name, leaf in in_common.items()}
     for path in {**adapter.params, **adapter.buffers}:
         leaves = adapter.params.get(path, {})
-        if path == SHARED and method.shared:
-            tensors |= {_ROOT + method.shared[name]: leaf for name, leaf in leaves.items() if name in method.shared}
-            leaves = {name: leaf for name, leaf in leaves.items() if name not in method.shared}
-        own = {name: leaf for name, leaf in leaves.items() if name in method.keys}
+        if path == SHARED and in_common:
+            leaves = {name: leaf for name, leaf in leaves.items() if name not in in_common}
+        own = {name: leaf for name, leaf in leaves.items() if name in method.keys or name in method.written}
+        # a site may have nothing of its own in a file
+        bare = path == SHARED or path not in adapter.buffers or method.share is None or is_saved(adapter.config, path)
         where = _module_key(path, adapter.params, owners)
         for name, leaf in method.pack(own).items():
-            _put(tensors, f"{where}.{method.keys[name]}", leaf)
+            _put(tensors, f"{where}.{method.written.get(name) or method.keys[name]}", leaf)
+        for name, leaf in in_common.items() if own and method.repeated else ():
+            _put(tensors, f"{where}.{method.shared[name]}", leaf.clone())  # a file cannot hold one tensor twice
         for name, leaf in leaves.items():
             if name == TOKENS:
                 _put(tensors, f"{path}.token_adapter.{TOKENS}", leaf)
-            elif name not in method.keys:
-                _put(tensors, f"{where}.base_layer.{name}" if own else f"{where}.{name}", leaf)
+            elif name not in own:
+                _put(tensors, f"{where}.{name}" if bare and not own else f"{where}.base_layer.{name}", leaf)
         for name, buffer in adapter.buffers.get(path, {}).items():
             if is_saved(adapter.config, path) and buffer.ndim + (name in _BUFFER_NAMES):
                 _put(tensors, f"{path}.{name}", buffer)
@@ -142,16 +147,21 @@ def decode(
     params: dict[str, dict[str, Tensor]] = {}
     buffers: dict[str, dict[str, Tensor]] = {}
     wrappers: dict[str, str] = {}
-    names = {key: leaf for leaf, key in method.keys.items()}
-    suffixes = tuple(f".{key}" for key in names)
+    names = {key: leaf for leaf, key in (*method.keys.items(), *method.written.items())}
     in_common = {key: leaf for leaf, key in method.shared.items()}
+    repeated = in_common if method.repeated else {}
+    suffixes = tuple(f".{key}" for key in names)
     for key, tensor in tensors.items():
         short = key.removeprefix(PREFIX)
         if key != short and short in tensors:
             raise AdapterFileError(f"{short!r} is there twice, with and without the prefix {PREFIX!r}.")
         leaf = _shared_leaf(key.removeprefix(_ROOT), in_common) if in_common and key == short else None
+        if leaf is None and repeated:
+            leaf = repeated.get(short.rpartition(".")[2])
         if leaf is not None:
             _check_dtype(method, SHARED, leaf, tensor)
+            if leaf in shared and shared[leaf].shape != tensor.shape:
+                raise AdapterFileError(f"All sites share {leaf!r}, but it has several shapes in the file ({key!r}).")
             shared[leaf] = tensor
             continue
         suffix = None
@@ -243,7 +253,7 @@ def _numbered(key: str, names: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _check_dtype(method: Method, path: str, leaf: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() and not method.is_constant(leaf):
+    if not tensor.is_floating_point() and not method.is_constant(leaf) and leaf not in method.written:
         raise AdapterFileError(f"The site {path!r} has {leaf!r} of {tensor.dtype}, expected floating-point numbers.")
 
 

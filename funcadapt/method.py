@@ -19,7 +19,7 @@ strict about shapes: reshape a leaf to the size that the site has, so that a wro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -68,7 +68,8 @@ class Shared(NamedTuple):
     Attributes:
         params: trained leaves that all sites have in common.
         buffers: frozen ones.
-        at: path -> frozen leaves of single sites that depend on the other sites, and that are in no checkpoint.
+        at: path -> leaves of single sites that depend on the other sites: frozen ones, and trained ones that are among
+            the method's keys.
     """
 
     params: dict[str, Tensor]
@@ -205,7 +206,8 @@ class View:
         holder: (site, base layer, container, leaves by the rest of their names) -> the entry of a ModuleDict; None for
             a plain Linear.
         warm: (site, config, draw): draws what PEFT's constructors draw from torch's generator before the init does, so
-            that a seed gives the numbers that it gives in PEFT.
+            that a seed gives the numbers that it gives in PEFT. What it returns, if anything, are the trained leaves
+            that sites share, as the last site has them.
         tuner: functions that the tuner model has in addition, by name: (tuner, ...) -> anything.
         loss: (model, adapter name) -> what PEFT adds to the loss of a model's output, or None.
     """
@@ -226,7 +228,7 @@ class View:
     empty: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict[str, type[nn.Module]])
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     holder: Callable[[Site, nn.Module, str, Mapping[str, Tensor]], nn.Module | None] = _nothing
-    warm: Callable[[Site, Any, Draw], None] = _nothing
+    warm: Callable[[Site, Any, Draw], Mapping[str, Tensor] | None] = _nothing
     tuner: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict[str, Callable[..., Any]])
     loss: Callable[[nn.Module, str], Tensor | None] = _nothing
 
@@ -253,6 +255,7 @@ class Method:
             as less the rows that AdaLoRA pruned; None for a leaf that it does not hold. None if it holds all as they
             are. The path is "" for the leaves that sites share.
         restore: the inverse of `stored` for one site of a file; a leaf that the site lacks may be there, or not.
+        written: the names of leaves that only `stored` makes, and `restore` reads -> their names in a PEFT checkpoint.
         constants: leaves that are never trained: `init` returns them as buffers. Those in `keys` are in checkpoints.
         derive: the frozen leaves that are in no checkpoint, as they follow from the config, the site and the base
             weight. `fa.load` needs the model then.
@@ -261,9 +264,16 @@ class Method:
         share: draws what all sites have in common: trained and frozen leaves at the path "" of the adapter's trees,
             which the hooks see among those of each site.
         shared: the names of those leaves -> their names in a PEFT checkpoint, after "base_model.".
+        repeated: whether a PEFT checkpoint holds what sites share once more under the path of each.
         inputs: what the hooks need of every call, beside the input of the layer: names of tensors with an axis of rows
             first, such as Poly's "task_ids", which `functional_call` takes as `inputs`. The hooks see them among the
             leaves.
+        uses: (site, names of its own leaves, names of the shared ones) -> those of the shared ones that the hooks read
+            there. None: all of them. Of a leaf for each layer, a layer should get its own: leaves cost time under vmap.
+        tied: the leaves that a site may have in common with another one: they are at the first of them, see
+            `funcadapt.tying`. `share` says which, and checkpoints repeat them.
+        couples: whether the rows of a call act on each other through the adapter, such as by a mean over all of them.
+            Then each adapter of many sees its own rows together: `routed` takes `masked`, and nothing else.
         check: raises SiteError if the leaves of one site, read from a file, are incomplete or do not fit the config
             or each other.
         layout: the same leaves in the memory layout in which the hooks are fastest. Applied when they are made or read.
@@ -303,12 +313,17 @@ class Method:
     describe: Callable[[Any, Mapping[str, Leaf]], Any] = _keep
     stored: Callable[[Any, str, Leaf], Mapping[str, Tensor | None]] | None = None
     restore: Callable[[Any, str, Leaf], Leaf] = _third
+    written: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     constants: frozenset[str] = frozenset()
     derive: DeriveFn | None = None
     complete: Callable[[Any], bool] = lambda config: False
     share: ShareFn | None = None
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    repeated: bool = False
     inputs: frozenset[str] = frozenset()
+    uses: Callable[[Site, Iterable[str], Iterable[str]], Iterable[str]] | None = None
+    tied: frozenset[str] = frozenset()
+    couples: bool = False
     check: Callable[[Any, str, Leaf], None] = _accept
     layout: Callable[[Leaf], Leaf] = _identity
     pack: Callable[[Leaf], Leaf] = _identity
@@ -346,6 +361,8 @@ class Draw:
 
     def __init__(self, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> None:
         self.generator, self.dtype, self.device = generator, dtype, device
+        self.known: Mapping[str, Tensor] = {}
+        """For `share`: the leaves that sites share and that are there already, as they came from a file."""
 
     @property
     def abstract(self) -> bool:

@@ -13,6 +13,7 @@ from funcadapt.layer import Layer
 from funcadapt.method import Draw, Leaf, Method
 from funcadapt.rows import BY_ROW
 from funcadapt.sites import Site, one_expert
+from funcadapt.tying import without_copies
 
 SHARED = ""
 """The path of what sites share, in an adapter's trees."""
@@ -50,6 +51,8 @@ def complete(
     table: Sequence[Site],
     trees: tuple[Tree, Tree],
     draw_of: Callable[[Site], Draw],
+    *,
+    from_file: bool = False,
 ) -> list[str]:
     """Add what sites share and what follows from the model, where it is not there yet.
 
@@ -60,6 +63,7 @@ def complete(
         table: the sites, in model order.
         trees: params and buffers, changed in place.
         draw_of: gives the draw of a site. What sites share is drawn at the first one.
+        from_file: whether the trees are those of a file, in which tied leaves are repeated.
 
     Returns:
         The names of the trained leaves that had to be made, which a checkpoint should have had.
@@ -89,6 +93,8 @@ def complete(
             if trained:
                 made += [name for name in trained if name not in params.get(path, {})]
                 params[path] = {**trained, **params.get(path, {})}
+        if method.tied:
+            without_copies(params, buffers, same=from_file)
     if method.derive is not None:
         for site in table:
             derived = _derived(method, site, config.at(site.path), draw_of(site), lambda site=site: weight(site))

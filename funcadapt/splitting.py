@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from funcadapt import _torch
 from funcadapt._torch import pytree
 from funcadapt.errors import AdapterError
+from funcadapt.method import method_of
 from funcadapt.rows import Rows
 from funcadapt.swapping import Swaps
 
@@ -81,6 +82,11 @@ class Split:
             raise AdapterError(
                 f"{self.path!r} is run adapter by adapter, which with several grouped or routed entries needs the "
                 "values of the index. Do not compile this call."
+            )
+        if any(method_of(rows.configs[0]).couples for rows in self.rows):
+            raise AdapterError(
+                f"{self.path!r} is run adapter by adapter, and the rows of its adapters act on each other: that needs "
+                "the values of the index. Do not compile or transform this call."
             )
         return self._all(count, args, kwargs)
 

@@ -127,7 +127,7 @@ def whole_names(model: nn.Module, config: AdapterConfig, adapted: Collection[str
     bias = getattr(config, "bias", "none")
     for path, module in named_modules(model, remove_duplicate=False):
         whole = bool(path) and is_saved(config, path)
-        trained = bias == "all" or (bias == "lora_only" and path in adapted)
+        trained = bias == "all" or (bias.endswith("_only") and path in adapted)
         for name, parameter in module._parameters.items():
             if parameter is not None and (whole or (name == "bias" and trained)):
                 yield path, name

@@ -32,6 +32,9 @@ class SelfAttention(nn.Module):
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True, bias=bias)
+        if bias:  # torch starts them at zero, where what scales a bias would not show
+            nn.init.normal_(self.attention.in_proj_bias)
+            nn.init.normal_(self.attention.out_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x, x, x)[0]
@@ -212,11 +215,6 @@ class Case:
     @property
     def no_dense(self) -> bool:
         return self.kind.name in self.variant.no_dense
-
-    @property
-    def differentiated(self) -> frozenset[str]:
-        """Leaf names whose gradient is the full derivative."""
-        return frozenset(self.method.keys) - self.method.constant_in_gradient
 
 
 SPECS = specs.load()

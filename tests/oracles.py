@@ -8,6 +8,7 @@ import specs
 import torch
 from torch import Tensor, nn
 
+from funcadapt.sharing import SHARED
 from funcadapt.sites import describe
 
 # -- the dense form of each method, written from the paper, by autograd alone -----------------------------
@@ -18,17 +19,20 @@ DENSE = {name: spec.dense for name, spec in specs.load().items() if spec.dense i
 def dense_weights(model: nn.Module, adapter: Any, method: str) -> dict[str, Tensor]:
     """The adapted weights by name, from the oracle of a method, expert by expert."""
     out: dict[str, Tensor] = {}
-    for path in adapter.params:
+    shared = adapter.leaves(SHARED)
+    for path in dict.fromkeys((*adapter.params, *adapter.buffers)):
+        if path == SHARED:
+            continue
         site, module = describe(model, path)
         p = adapter.leaves(path)
         weight = getattr(module, site.parameter)
         weight = weight.transpose(-2, -1) if site.transposed else weight
         bias = getattr(module, site.bias) if site.bias else None
         if site.experts:
-            leaves = [{k: v[e] if v.ndim else v for k, v in p.items()} for e in range(site.experts)]
+            leaves = [{k: v[e] if v.ndim else v for k, v in p.items()} | shared for e in range(site.experts)]
             new = torch.stack([DENSE[method](site, leaf, w, None)[0] for leaf, w in zip(leaves, weight, strict=True)])
         else:
-            new, new_bias = DENSE[method](site, p, weight, bias)
+            new, new_bias = DENSE[method](site, p | shared, weight, bias)
             if new_bias is not None and new_bias is not bias:
                 out[f"{site.owner}.{site.bias}"] = new_bias
         out[site.weight_name] = new.transpose(-2, -1) if site.transposed else new

@@ -122,7 +122,8 @@ def test_checkpointed_gradients_equal_plain_ones(case: Case) -> None:
         fa.functional_call(model, leaves, (x,)).pow(2).sum().backward()
         before.check()
         results.append(pytree.tree_map(lambda t: t.grad, leaves.params))
-    assert all(g is not None and g.abs().max() > 0 for g in pytree.tree_leaves(results[0]))
+    found = {name: g for p in results[0].values() for name, g in p.items()}
+    assert all(name in case.variant.idle or (g is not None and g.abs().max() > 0) for name, g in found.items())
     tree_close(results[1], results[0], rtol=0, atol=0)
 
 

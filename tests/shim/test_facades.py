@@ -130,7 +130,7 @@ def test_stand_ins() -> None:
 
     assert not isinstance(nn.Linear(1, 1), BOFTLayer)
     assert BOFTLayer.adapter_layer_names == ()
-    for use in (BOFTModel, BOFTLayer, shim.convert_to_lora, shim.tuners.lora.GPTQLoraLinear):
+    for use in (BOFTModel, BOFTLayer, shim.tuners.lora.GPTQLoraLinear):
         with pytest.raises(NotImplementedError, match=f"^{use.__name__} is not implemented"):
             use(nn.Linear(1, 1), adapter_name="a")
     for use in (shim.PromptEmbedding, shim.compose_cartridge_adapters, shim.AdaptionPromptModel):

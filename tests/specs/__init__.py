@@ -41,6 +41,7 @@ class Variant:
         unusable: kinds where the dense form is the only one, and there is none: calls must raise SiteError.
         identity: whether a new adapter changes nothing.
         training: whether the laws run in training mode; not with dropout, which has no dense form.
+        idle: leaves that do nothing in the mode in which the laws run.
         inputs: what the method needs of every call, the same for all rows: (1, ...). An adapter under the laws holds
             it as a leaf.
     """
@@ -52,6 +53,7 @@ class Variant:
     unusable: frozenset[str] = NONE
     identity: bool = True
     training: bool = True
+    idle: frozenset[str] = NONE
     inputs: Mapping[str, Tensor] = dataclasses.field(default_factory=dict[str, Tensor])
 
 
