@@ -345,9 +345,7 @@ def names_in(metadata: Mapping[str, str], key: str) -> list[str] | None:
     return names  # pyright: ignore[reportUnknownVariableType]
 
 
-def _token_indices(
-    config: Any, params: Mapping[str, Mapping[str, Tensor]], buffers: dict[str, dict[str, Tensor]]
-) -> None:
+def _token_indices(config: Any, params: dict[str, dict[str, Tensor]], buffers: dict[str, dict[str, Tensor]]) -> None:
     wanted: Any = getattr(config, "trainable_token_indices", None)
     paths = [path for path, leaves in params.items() if TOKENS in leaves]
     if bool(paths) != bool(wanted):
@@ -355,6 +353,11 @@ def _token_indices(
     for path in paths:
         by_name: Any = wanted.items() if hasattr(wanted, "items") else [(path, wanted)]
         rows: Any = next((v for k, v in by_name if names_match((k,), path)), None)
+        if rows is None and any(
+            torch.equal(params[path][TOKENS], params[other][TOKENS]) for other in paths if other != path
+        ):
+            del params[path]  # a head that is tied to an embedding: PEFT's `TrainableTokensConfig` saves its rows twice
+            continue
         if rows is None or len(rows) != params[path][TOKENS].shape[0]:
             raise SiteError(
                 f"{path!r} has {params[path][TOKENS].shape[0]} trained rows, which the config does not list."

@@ -15,7 +15,7 @@ from funcadapt.adapter import Adapter
 from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, SiteError, TargetError, did_you_mean
-from funcadapt.layer import Layer
+from funcadapt.layer import Given, Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of
 from funcadapt.sharing import SHARED, complete, stacked
 from funcadapt.sites import Site, one_expert
@@ -155,7 +155,7 @@ def initialise(
     for site in table:
         at, module = config.at(site.path), model.get_submodule(site.owner)
         layer = Layer(site, module, at)
-        made = fresh(method, site, at, draw_of(site, at), lambda layer=layer: layer.weight.detach())
+        made = fresh(method, site, at, draw_of(site, at), Given(layer))
         corrected = method.residual(at, {**made.params, **made.buffers}, layer.weight.detach())
         if corrected is not None:
             base[site.weight_name] = layer.stored(corrected)
@@ -166,6 +166,11 @@ def initialise(
     complete(model, method, config, table, (params, buffers), shared_draw or (lambda site: draw_of(site, config)))
     _whole_parameters(model, config, table, (params, buffers), device, strict)
     _token_rows(model, config, (params, buffers), device)
+    if method.rows and not getattr(config, "init_weights", True):
+        for path, p in params.items():
+            like = p[TOKENS]
+            draw = draw_of(Site(path, "embedding", tuple(like.shape), like.dtype, like.device, path), config)
+            p[TOKENS] = draw.normal(*like.shape)
     if not params:
         raise TargetError("The config selects nothing to train.")
     if SHARED in params:  # first, as it acts everywhere
@@ -232,6 +237,8 @@ def expected_shapes(site: Site, method: Method, config: Any, p: Leaf) -> dict[st
         Leaf name -> shape.
     """
     at = config.at(site.path)
+    if method.shapes is not None:
+        return method.shapes(site, at, p)
     rank = config.rank(p)
     if rank and hasattr(at, method.rank_field):
         at = dataclasses.replace(at, **{method.rank_field: rank})

@@ -25,7 +25,7 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterFileError, did_you_mean
 from funcadapt.method import Method, StarredKeys
 from funcadapt.sharing import SHARED, Tree
-from funcadapt.targeting import is_saved, names_match
+from funcadapt.targeting import held_in, is_saved, names_match
 
 _ROOT = "base_model."
 PREFIX = f"{_ROOT}model."
@@ -71,12 +71,16 @@ def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[st
             _put(tensors, f"{where}.{method.shared[name]}", leaf.clone())  # a file cannot hold one tensor twice
         for name, leaf in leaves.items():
             if name == TOKENS:
-                _put(tensors, f"{path}.token_adapter.{TOKENS}", leaf)
+                _put(tensors, f"{path}.{method.rows or f'token_adapter.{TOKENS}'}", leaf)
+            elif method.whole and not is_saved(adapter.config, path):
+                _put(tensors, _whole_key(method, adapter.config, path, name), leaf)
             elif name not in own:
                 _put(tensors, f"{where}.{name}" if bare and not own else f"{where}.base_layer.{name}", leaf)
         for name, buffer in adapter.buffers.get(path, {}).items():
             if is_saved(adapter.config, path) and buffer.ndim + (name in _BUFFER_NAMES):
                 _put(tensors, f"{path}.{name}", buffer)
+            elif method.whole:
+                _put(tensors, _whole_key(method, adapter.config, path, name), buffer)
     return tensors, [path for group in owners.values() for path in group]
 
 
@@ -88,6 +92,11 @@ def buffer_keys(adapter: Adapter) -> list[str]:
         for name, buffer in leaves.items()
         if is_saved(adapter.config, path) and name not in _BUFFER_NAMES and buffer.is_floating_point()
     ]
+
+
+def _whole_key(method: Method, config: AdapterConfig, path: str, name: str) -> str:
+    target = held_in(config, path)
+    return f"{target}.{method.whole}{path[len(target) :]}.{name}"
 
 
 def _put(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
@@ -175,6 +184,15 @@ def decode(
             by_module.setdefault(module, {})[leaf] = tensor
             continue
         path, _, name = short.rpartition(".")
+        if method.rows and name == method.rows:
+            _check_dtype(method, path, name, tensor)
+            params.setdefault(path, {})[TOKENS] = tensor
+            continue
+        if method.whole and f".{method.whole}." in short:
+            path = path.replace(f".{method.whole}", "", 1)
+            buffer = key in known_buffers or _is_buffer(path, name, tensor, model)
+            (buffers if buffer else params).setdefault(path, {})[name] = tensor
+            continue
         if name == TOKENS and path.endswith(".token_adapter"):
             _check_dtype(method, path.removesuffix(".token_adapter"), name, tensor)
             params.setdefault(path.removesuffix(".token_adapter"), {})[TOKENS] = tensor

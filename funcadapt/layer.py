@@ -159,3 +159,20 @@ def dropout(layer: Layer, x: Tensor, p: float) -> Tensor:
     if p == 0.0 or not layer.training or layer.site.kind == "embedding":
         return x
     return torch.dropout(x, p, True)
+
+
+class Given:
+    """The base weight of a layer, for inits: called, the canonical weight; `bias` is the bias, or None."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+
+    def __call__(self) -> Tensor:
+        """The weight."""
+        return self._layer.weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias."""
+        bias = self._layer.bias
+        return None if bias is None else bias.detach()

@@ -131,7 +131,7 @@ def routed(stack: Adapter, index: Tensor | Sequence[int], *, how: str | None = N
 
     Raises:
         AdapterError: if `stack` is none, the index is not 1-D or 2-D, not integer or out of range, or `how` is
-            unknown.
+            unknown, or none for a method whose rows act on each other.
 
     Example:
         >>> import torch
@@ -151,6 +151,11 @@ def routed(stack: Adapter, index: Tensor | Sequence[int], *, how: str | None = N
         raise AdapterError(f"routed: how must be one of {', '.join(map(repr, HOW))} or None, got {how!r}.")
     if how == "masked" and method_of(stack.config).masked is None:
         raise AdapterError(f"routed: {method_of(stack.config).name} has no masked form. Use how='gather' or 'sort'.")
+    if how not in (None, "masked") and method_of(stack.config).couples:
+        raise AdapterError(
+            f"routed: the rows of {method_of(stack.config).name} act on each other, so how={how!r} would change the "
+            "result. Use how='masked', or leave it out."
+        )
     device = next(stack.tensors()).device
     if not isinstance(index, Tensor):
         if any(not isinstance(i, int) for i in index):  # pyright: ignore[reportUnnecessaryIsInstance]

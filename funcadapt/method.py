@@ -274,8 +274,14 @@ class Method:
             `funcadapt.tying`. `share` says which, and checkpoints repeat them.
         couples: whether the rows of a call act on each other through the adapter, such as by a mean over all of them.
             Then each adapter of many sees its own rows together: `routed` takes `masked`, and nothing else.
+        whole: for a method without sites (`kinds` is empty) that trains its target modules in full: what stands between
+            the module's path and its parameters' names in a checkpoint, "ln_tuning_layers".
+        rows: for a method without sites that trains rows of embeddings, `trainable_token_indices` of the config: what
+            stands after the embedding's path in a checkpoint. Other methods hold them in a `token_adapter`.
         check: raises SiteError if the leaves of one site, read from a file, are incomplete or do not fit the config
             or each other.
+        shapes: (site, config, leaves) -> the shapes that the leaves must have, where `init` cannot say them without the
+            values of the weight. None if it can.
         layout: the same leaves in the memory layout in which the hooks are fastest. Applied when they are made or read.
         pack: the leaves of experts in the shapes that PEFT stores, where they differ.
         unpack: the inverse, given the site's config.
@@ -324,7 +330,10 @@ class Method:
     uses: Callable[[Site, Iterable[str], Iterable[str]], Iterable[str]] | None = None
     tied: frozenset[str] = frozenset()
     couples: bool = False
+    whole: str = ""
+    rows: str = ""
     check: Callable[[Any, str, Leaf], None] = _accept
+    shapes: Callable[[Site, Any, Leaf], dict[str, tuple[int, ...]]] | None = None
     layout: Callable[[Leaf], Leaf] = _identity
     pack: Callable[[Leaf], Leaf] = _identity
     unpack: Callable[[Any, Leaf], Leaf] = _second

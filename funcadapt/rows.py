@@ -260,11 +260,6 @@ class Rows:
                 self.values()  # as elsewhere, an error where they are unknown
             how = "gather"  # inputs belong to rows as they come
         if method.couples:
-            if how in ("gather", "sort"):
-                raise AdapterError(
-                    f"The rows of {method.name} act on each other, so how={how!r} would change the result. Leave it "
-                    "out, or use how='masked'."
-                )
             how = "masked"
         if how is None:
             masked = method.masked is not None and hook is method.after

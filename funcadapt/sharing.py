@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
-from funcadapt.layer import Layer
+from funcadapt.layer import Given, Layer
 from funcadapt.method import Draw, Leaf, Method
 from funcadapt.rows import BY_ROW
 from funcadapt.sites import Site, one_expert
@@ -97,7 +97,13 @@ def complete(
             without_copies(params, buffers, same=from_file)
     if method.derive is not None:
         for site in table:
-            derived = _derived(method, site, config.at(site.path), draw_of(site), lambda site=site: weight(site))
+            derived = _derived(
+                method,
+                site,
+                config.at(site.path),
+                draw_of(site),
+                Given(Layer(site, model.get_submodule(site.owner), config)),
+            )
             buffers[site.path] = {**derived, **buffers.get(site.path, {})}
     return made
 

@@ -55,9 +55,11 @@ def sites(model: nn.Module, config: AdapterConfig, *, expect: int | None = None,
     method = method_of(config)
     tied = tied_names(model)
     _check_saved_modules(model, config)
+    if method.rows:
+        return SiteTable([])  # `token_table` finds the embeddings
     chosen = _target_modules(model, config, strict, by_default)
     found: dict[str, Site] = {}
-    for path, module in chosen.items():
+    for path, module in () if method.whole else chosen.items():
         for site in describe_module(path, module, method.name):
             found[site.path] = site
     for path in _target_parameters(model, config, strict):
@@ -125,8 +127,9 @@ def whole_names(model: nn.Module, config: AdapterConfig, adapted: Collection[str
         The module's path and the name in it.
     """
     bias = getattr(config, "bias", "none")
+    targeted = _target_modules(model, config, False, False) if method_of(config).whole else {}
     for path, module in named_modules(model, remove_duplicate=False):
-        whole = bool(path) and is_saved(config, path)
+        whole = bool(path) and (is_saved(config, path) or any(part in targeted for part in _and_above(path)))
         trained = bias == "all" or (bias.endswith("_only") and path in adapted)
         for name, parameter in module._parameters.items():
             if parameter is not None and (whole or (name == "bias" and trained)):
@@ -134,6 +137,18 @@ def whole_names(model: nn.Module, config: AdapterConfig, adapted: Collection[str
         for name, buffer in module._buffers.items() if whole else ():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield path, name
+
+
+def _and_above(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def held_in(config: AdapterConfig, path: str) -> str:
+    """The target module that a path is in or below of, the outermost one; "" if there is none."""
+    targets: Any = getattr(config, "target_modules", None) or ()
+    return next((part for part in [*_and_above(path)][::-1] if names_match(targets, part)), "")
 
 
 def _is_kept_out(config: AdapterConfig, path: str) -> bool:

@@ -83,6 +83,8 @@ def matrix() -> list[tuple[str, list[tuple[bool, bool]]]]:
     """Method -> for each column, whether it is adapted here, and in PEFT."""
     found: list[tuple[str, list[tuple[bool, bool]]]] = []
     for name, variants in VARIANTS.items():
+        if not variants:  # it is for modules and rows as they are, and for no kind of layer
+            continue
         first = variants[0]
         cells: list[tuple[bool, bool]] = []
         for column, (kinds, *_) in COLUMNS.items():

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from funcadapt.method import View
+from funcadapt.method import View, method_of
 from funcadapt.peft.advice import advise
 from funcadapt.peft.config import PeftConfig
+from funcadapt.peft.lora_conversion import is_converted
 from funcadapt.peft.mixing import named_rows
 from funcadapt.peft.settling import settle
 from funcadapt.peft.tuner_merging import MergingMixin
@@ -20,9 +21,10 @@ from funcadapt.peft.utils.transformers_weight_conversion import convert_peft_con
 from funcadapt.peft.weighting import add_weighted_adapter
 from funcadapt.view import state
 from funcadapt.view.classes import family, view_named
+from funcadapt.view.holding import shared_containers
 from funcadapt.view.inject import inject
 from funcadapt.view.layer import AdapterLayer
-from funcadapt.view.walking import auxiliaries, layers
+from funcadapt.view.walking import auxiliaries, layers, view_state
 
 
 class BaseTuner(MergingMixin, nn.Module):
@@ -104,7 +106,9 @@ class BaseTuner(MergingMixin, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; a method's own loss is added to its `loss`, as AdaLoRA's orthogonality penalty is."""
-        outputs = self.model(*args, **kwargs)
+        inputs = {name: kwargs.pop(name) for name in self.call_inputs & kwargs.keys()}
+        with state.given(self.model, inputs):
+            outputs = self.model(*args, **kwargs)
         loss = None if self.view is None else getattr(outputs, "loss", None)
         if loss is not None:
             assert self.view is not None
@@ -119,8 +123,37 @@ class BaseTuner(MergingMixin, nn.Module):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        """Rows use the adapters that `adapter_names` names, for the duration of a block: for every method."""
+        """Rows use the adapters that `adapter_names` names, for the duration of a block: for every method.
+
+        What a method needs of every call, such as Poly's `task_ids`, reaches its layers in the same way.
+        """
         names: Sequence[str] | None = kwargs.pop("adapter_names", None)
+        inputs = {name: kwargs.pop(name) for name in self.inputs_of(names) & kwargs.keys()}
+        with state.given(self.model, inputs), self._rows(names, kwargs, inputs):
+            yield
+
+    @property
+    def call_inputs(self) -> frozenset[str]:
+        """The names of what the methods of the active adapters need of every call."""
+        return self.inputs_of(None)
+
+    def inputs_of(self, names: Sequence[str] | None) -> frozenset[str]:
+        """The names of what the methods of adapters need of every call.
+
+        Args:
+            names: the adapters; None for the active ones.
+
+        Returns:
+            The names of the inputs.
+        """
+        configs = view_state(self.model).configs
+        own = [method_of(configs[name]).inputs for name in names or self.active_adapters if name in configs]
+        return frozenset[str]().union(*own)
+
+    @contextmanager
+    def _rows(
+        self, names: Sequence[str] | None, kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> Generator[None, None, None]:
         if names is None:
             yield
             return
@@ -129,7 +162,7 @@ class BaseTuner(MergingMixin, nn.Module):
         unknown = sorted({name for name in names if name != "__base__"} - self.peft_config.keys())
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        with named_rows(self.model, names, kwargs):
+        with named_rows(self.model, names, kwargs, inputs):
             yield
 
     # -- injection --------------------------------------------------------------------------------------
@@ -172,6 +205,7 @@ class BaseTuner(MergingMixin, nn.Module):
         for _, layer in layers(self.model):
             if isinstance(layer, self.tuner_layer_cls):
                 layer._active_adapter = list(self.active_adapters)  # a new layer, too, that the active ones are not at
+                self._modules.update({name: layer._modules[name] for name in shared_containers(layer.view)})
             if adapter_name in layer.adapters:
                 if layer._read_by_parent:  # the out-projection of an attention, which is one target
                     continue
@@ -276,7 +310,7 @@ class BaseTuner(MergingMixin, nn.Module):
     # -- the rest ---------------------------------------------------------------------------------------
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether a LoRA can stand for the adapter: it adds matrices of low rank, and to linear layers only.
+        """Whether `convert_to_lora` takes the adapters: they add matrices, and to linear layers only.
 
         Args:
             adapter_name: as in PEFT; the adapters of all layers are asked.
@@ -284,9 +318,7 @@ class BaseTuner(MergingMixin, nn.Module):
         Returns:
             Whether all of them do.
         """
-        found = [layer for _, layer in layers(self.model)]
-        linear = all(layer.site.kind in ("linear", "hf_conv1d") for layer in found)
-        return linear and all(h.method.with_rank is not None for layer in found for h in layer.adapters.values())
+        return all(is_converted(layer, name) for _, layer in layers(self.model) for name in layer.adapters)
 
 
 @functools.cache

@@ -141,7 +141,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if adapter_name not in self._adapters:
             return {}
         held = self.modules_to_save[adapter_name].state_dict()
-        return {key: f"modules_to_save.{adapter_name}.{key}" for key in held}
+        before = f"{self.kept_as}." if self.kept_as else ""
+        return {before + key: f"modules_to_save.{adapter_name}.{key}" for key in held}
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -299,7 +300,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         held = self.token_adapter.trainable_tokens_delta
         if self.token_adapter.tied_adapter is not None or adapter_name not in held:
             return {}
-        return {f"token_adapter.{TOKENS}": f"token_adapter.{TOKENS}.{adapter_name}"}
+        return {self.kept_as or f"token_adapter.{TOKENS}": f"token_adapter.{TOKENS}.{adapter_name}"}
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

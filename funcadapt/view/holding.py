@@ -246,8 +246,9 @@ def unsaved(layer: nn.Module, method: Method, config: Any, name: str, leaves: Ma
         leaves: its leaves.
     """
     shared = {leaf: value for leaf, value in leaves.items() if leaf in method.shared}
-    stored = method.stored(config, "", shared) if shared and method.stored is not None else {}
-    for leaf, value in stored.items():
+    if not shared or method.stored is None:
+        return
+    for leaf, value in method.stored(config, "", shared).items():
         address = address_of(method, leaf)
         if value is None and address is not None and not address.rest:
             layer._modules[address.container]._non_persistent_buffers_set.add(name)  # pyright: ignore

@@ -122,7 +122,7 @@ class AdapterLayer(Switches):
         put(self, held.method, self.site, self.get_base_layer(), name, leaves)
         unsaved(self, held.method, config, name, leaves)
         self.adapters[name] = held
-        self.addresses_of(name, held)  # now, and not while something is compiled
+        self.used_by(name, held)  # now, and not while something is compiled
         view = self.view
         for attribute, field in view.attributes.items():
             getattr(self, attribute)[name] = getattr(config, field)
@@ -169,7 +169,7 @@ class AdapterLayer(Switches):
     def _tensors(self, name: str, held: Held) -> dict[str, Tensor]:
         modules: Any = self._modules
         p: dict[str, Tensor] = {}
-        for leaf, container, rest in self.addresses_of(name, held):
+        for leaf, container, rest in self.used_by(name, held):
             if rest:  # what `take` does, without a call: a layer runs for every token
                 value = modules[container]._modules[name]._parameters.get(rest)
             else:

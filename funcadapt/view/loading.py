@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
@@ -16,7 +17,7 @@ from funcadapt.sharing import SHARED, complete
 from funcadapt.sites import Site, device_of
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
 from funcadapt.view.entries import Entries, above, config_of, join, reduced, without_name
-from funcadapt.view.holding import Address, set_buffer, take
+from funcadapt.view.holding import DERIVED, Address, set_buffer, take
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.values import adapter_of
 from funcadapt.view.walking import layers, root_of, unwrapped
@@ -76,15 +77,18 @@ def load_adapter_state_dict(
     check_tensors(model, values)
     _resize(entries, name, resized, values)
     split = {key: _split_like(held.get(key), value) for key, value in values.items()}
-    result = model.load_state_dict(split, strict=False, assign=low_cpu_mem_usage)
+    stale = _is_stale(entries, name, held, split)
+    result: Any = model.load_state_dict(split, strict=False, assign=low_cpu_mem_usage)
     for _, key in entries.shared.values() if entries.own else ():
         if key in split:  # all layers hold the same one
             suffix = key.removeprefix(entries.own[0].path)
-            result.missing_keys[:] = [missing for missing in result.missing_keys if not missing.endswith(suffix)]
+            result.missing_keys[:] = [other for other in result.missing_keys if not other.endswith(suffix)]
     if low_cpu_mem_usage:
         for _, layer in entries.layers:
             _move_to_base(layer, name)
-        _fill(model, name)
+    if low_cpu_mem_usage or stale:
+        _fill(model, name, stale)
+    if low_cpu_mem_usage:
         for _, wrapper in entries.wrappers:
             if hasattr(wrapper, "token_adapter"):
                 wrapper.token_adapter._move_adapter_to_device_of_base_layer(name)
@@ -93,17 +97,32 @@ def load_adapter_state_dict(
     return result
 
 
-def _fill(model: nn.Module, name: str) -> None:
-    """Make the leaves that no checkpoint holds, where they are still on the meta device."""
+def _is_stale(entries: Entries, name: str, held: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint brings other frozen leaves that sites share, from which others may follow: FRoD's basis."""
+    method = entries.own[0].layer.adapters[name].method if entries.own else None
+    keys = [key for leaf, (_, key) in entries.shared.items() if method is not None and method.is_constant(leaf)]
+    return any(
+        key in values and not held[key].is_meta and not torch.equal(held[key], values[key].to(held[key]))
+        for key in keys
+    )
+
+
+def _fill(model: nn.Module, name: str, stale: bool) -> None:
+    """Make the leaves that no checkpoint holds, where they are on the meta device, or all if they are stale."""
     own = [layer for _, layer in layers(model) if name in layer.adapters]
     held = [(layer, address) for layer in own for address in layer.addresses_of(name, layer.adapters[name])]
-    empty = [(layer, address) for layer, address in held if _at(layer, address, name).is_meta]
+    kept = DERIVED if stale else None
+    empty = [(layer, a) for layer, a in held if a.container == kept or _at(layer, a, name).is_meta]
     if not empty:
         return
+    derived = {address.leaf for _, address in held if address.container == kept}
     root, adapter = root_of(model), adapter_of(model, name)
     method = method_of(adapter.config)
     params, buffers = (
-        {path: {leaf: t for leaf, t in leaves.items() if not t.is_meta} for path, leaves in tree.items()}
+        {
+            path: {leaf: t for leaf, t in leaves.items() if not (t.is_meta or leaf in derived)}
+            for path, leaves in tree.items()
+        }
         for tree in (adapter.params, adapter.buffers)
     )
 
@@ -134,10 +153,9 @@ def _restored(
     method = entries.own[0].layer.adapters[name].method
     found = dict(tensors)
 
-    def take_out(keys: Mapping[str, str]) -> dict[str, Tensor]:
-        given = {
-            leaf: next((k for k in (key, key.removeprefix(PREFIX)) if k in found), None) for leaf, key in keys.items()
-        }
+    def take_out(keys: Mapping[str, str], prefix: str = PREFIX) -> dict[str, Tensor]:
+        named = {leaf: (key, key.removeprefix(prefix), prefix + key) for leaf, key in keys.items()}
+        given = {leaf: next((key for key in keys if key in found), None) for leaf, keys in named.items()}
         return {leaf: found.pop(key) for leaf, key in given.items() if key is not None}
 
     for own in entries.own if method.written else ():
@@ -145,7 +163,9 @@ def _restored(
         made = method.restore(config, own.layer.site.path, leaves) if leaves else leaves
         found |= {own.keys[leaf][0]: value for leaf, value in made.items()}
     shared = {leaf: key for leaf, (key, _) in entries.shared.items()}
-    leaves = take_out(shared)
+    leaves = take_out(shared, "base_model.")
+    for own in entries.own if method.repeated else ():
+        leaves = {**take_out({leaf: own.keys[leaf][0] for leaf in shared}), **leaves}
     lacking = [leaf for leaf in shared if leaf not in leaves and method.is_constant(leaf)]
     if lacking and method.complete(config):
         raise AdapterError(f"The checkpoint lacks {lacking[0]!r}, which all layers share.")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from funcadapt.adapter import Adapter, TensorTree
 from funcadapt.binding import Entry
@@ -14,7 +14,9 @@ from funcadapt.call import applied
 from funcadapt.errors import AdapterError
 from funcadapt.many import routed
 from funcadapt.method import method_of
+from funcadapt.sharing import SHARED
 from funcadapt.stacking import stack
+from funcadapt.tying import untied_trees
 from funcadapt.view.state import check_names
 from funcadapt.view.values import adapter_of
 from funcadapt.view.walking import layers, root_of, unwrapped
@@ -24,7 +26,10 @@ BASE = "__base__"
 
 @contextlib.contextmanager
 def mixed_batch(
-    model: nn.Module, adapter_names: Sequence[str], within: Mapping[str, Sequence[str]] | None = None
+    model: nn.Module,
+    adapter_names: Sequence[str],
+    within: Mapping[str, Sequence[str]] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Generator[nn.Module, None, None]:
     """Row i of every call in the block uses the adapter `adapter_names[i]`, whatever is active.
 
@@ -36,6 +41,7 @@ def mixed_batch(
         adapter_names: a name for each row; "__base__" for the bare model.
         within: path of a module -> the names for the rows that it sees, where they are others: in beam search an
             encoder sees each row once.
+        inputs: what the adapters need of every call, as `fa.functional_call` takes them.
 
     Yields:
         The model.
@@ -47,7 +53,7 @@ def mixed_batch(
     root = root_of(model)
     if any(layer.merged for _, layer in layers(root)):
         raise AdapterError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`.")
-    values = {name: adapter_of(root, name) for name in dict.fromkeys(adapter_names) if name != BASE}
+    values = {name: _untied(adapter_of(root, name)) for name in dict.fromkeys(adapter_names) if name != BASE}
     entries: dict[str, Entry] = {}
     for below, there, parts in _by_owners(values, tuple(within or ())):
         names = (within or {}).get(below, adapter_names)
@@ -55,7 +61,9 @@ def mixed_batch(
             place = {name: i for i, name in enumerate(group)}
             index = torch.tensor([place.get(name, -1) for name in names])
             entries[f"{group[0]} at {there[0]}"] = routed(stacked, index)
-    with unwrapped(root), applied(root, entries):
+    read = frozenset[str]().union(*(method_of(value.config).inputs for value in values.values()))
+    own = {name: value for name, value in (inputs or {}).items() if name in read}
+    with unwrapped(root), applied(root, entries, inputs=own):
         yield model
 
 
@@ -77,8 +85,16 @@ def _by_owners(
         )
 
 
+def _untied(adapter: Adapter) -> Adapter:
+    """The adapter with all that a site needs at that site: sites are taken apart below."""
+    if not method_of(adapter.config).tied:
+        return adapter
+    params, buffers = untied_trees(adapter.params, adapter.buffers, copy=False)
+    return adapter.replace(params=params, buffers=buffers)
+
+
 def _at(paths: Sequence[str], tree: TensorTree) -> TensorTree:
-    return {path: tree[path] for path in paths if path in tree}
+    return {path: tree[path] for path in dict.fromkeys((SHARED, *paths)) if path in tree}
 
 
 def _stacks(values: dict[str, Adapter]) -> list[tuple[list[str], Adapter]]:

@@ -17,6 +17,7 @@ from funcadapt.method import Method, method_of
 from funcadapt.sharing import shared_of
 from funcadapt.sites import Site
 from funcadapt.swapping import heads_of
+from funcadapt.targeting import held_in
 from funcadapt.tying import ties
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from funcadapt.view.classes import layer_class
@@ -197,7 +198,8 @@ class Placing:
             here, there = (each._modules[address.container] for each in (layer, self._placed[path]))
             slot = "_modules" if address.rest else "_parameters"
             getattr(here, slot)[self.name] = getattr(there, slot)[self.name]
-            layer.adapters[self.name].present = None  # looked up anew
+            layer.adapters[self.name].present = None
+            layer.used_by(self.name, layer.adapters[self.name])  # looked up anew
 
     def _shared(self, method: Method) -> dict[str, Tensor]:
         """What all sites share: copied once."""
@@ -235,6 +237,9 @@ class Placing:
     def _saved_module(self, path: str) -> str | None:
         """The module of `modules_to_save` that a path is in or below, the outermost one."""
         names: Any = getattr(self.adapter.config, "modules_to_save", None) or ()
+        target = held_in(self.adapter.config, path) if method_of(self.adapter.config).whole else ""
+        if target:
+            return target
         parts = path.split(".")
         heads = (".".join(parts[: i + 1]) for i in range(len(parts)))
         return next((head for head in heads if any(head.endswith(name) for name in names)), None)
@@ -260,6 +265,8 @@ class Placing:
             return
         self._refuse_wrapped(top, path, "modules_to_save")
         wrapper = ModulesToSaveWrapper(module, self.name, values=values)
+        if held_in(self.adapter.config, path) == path:
+            wrapper.kept_as = method_of(self.adapter.config).whole
         for parent, name in places:
             self.change.set(parent._modules, name, wrapper)  # pyright: ignore[reportArgumentType]
 
@@ -280,6 +287,7 @@ class Placing:
             else:
                 self._refuse_wrapped(top, tokens.path, "trainable_token_indices")
                 top = TrainableTokensWrapper(module, self.name, **given)
+                top.kept_as = method_of(self.adapter.config).rows
                 for parent, name in places:
                     self.change.set(parent._modules, name, top)
             first = top if first is None else first

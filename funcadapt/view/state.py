@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,18 +145,51 @@ def given(model: nn.Module, inputs: Mapping[str, Tensor]) -> Generator[nn.Module
     Yields:
         The model.
     """
-    found = [layer for _, layer in layers(model)] if inputs else []
-    before = [layer.__dict__.get("inputs") for layer in found]
-    try:
-        for layer in found:
-            layer.__dict__["inputs"] = dict(inputs)
+    if not inputs:
         yield model
+        return
+    with _held([layer for _, layer in layers(model)], inputs), _recomputed(model, inputs):
+        yield model
+
+
+@contextlib.contextmanager
+def _held(found: Iterable[AdapterLayer], inputs: Mapping[str, Tensor]) -> Generator[None, None, None]:
+    slots = [(layer.__dict__, layer.__dict__.get("inputs")) for layer in found]
+    try:
+        for slot, _ in slots:
+            slot["inputs"] = dict(inputs)
+        yield
     finally:
-        for layer, old in zip(found, before, strict=True):
+        for slot, old in slots:
             if old is None:
-                layer.__dict__.pop("inputs", None)
+                slot.pop("inputs", None)
             else:
-                layer.__dict__["inputs"] = old
+                slot["inputs"] = old
+
+
+@contextlib.contextmanager
+def _recomputed(model: nn.Module, inputs: Mapping[str, Tensor]) -> Generator[None, None, None]:
+    """Hugging Face's activation checkpoints recompute in the backward pass, with the inputs of the forward pass."""
+    name, swapped = "_gradient_checkpointing_func", list[tuple[dict[str, Any], Any]]()
+
+    def within(function: Callable[..., Any], below: Sequence[AdapterLayer]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _held(below, inputs):
+                return function(*args, **kwargs)
+
+        return run
+
+    try:
+        for module in model.modules() if model.training and torch.is_grad_enabled() else ():
+            slot: Any = module.__dict__
+            if name in slot and getattr(module, "gradient_checkpointing", False):
+                below, original = [m for m in module.modules() if isinstance(m, AdapterLayer)], slot[name]
+                swapped.append((slot, original))
+                slot[name] = lambda f, *a, below=below, original=original, **k: original(within(f, below), *a, **k)
+        yield
+    finally:
+        for slot, original in swapped:
+            slot[name] = original
 
 
 def delete_adapter(model: nn.Module, name: str) -> list[str]:

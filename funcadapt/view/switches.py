@@ -24,17 +24,19 @@ class Held:
         method: the method that it selects.
         addresses: where its leaves can be held.
         present: where those are that it has; looked up again in a copy.
+        used: where those are that its hooks read here, likewise.
         derived: the 0-d leaves as they were last made: leaf -> (the number, the tensor).
         quiet: the config with another rate of dropout, as it was last made.
     """
 
-    __slots__ = ("addresses", "config", "derived", "method", "present", "quiet")
+    __slots__ = ("addresses", "config", "derived", "method", "present", "quiet", "used")
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config, self.method = config, method_of(config)
         self.derived: dict[str, tuple[Any, Tensor]] = {}
         self.addresses = addresses(self.method)  # here, as dynamo does not like caches
         self.present: tuple[Address, ...] | None = None
+        self.used: tuple[Address, ...] | None = None
         self.quiet: tuple[float, AdapterConfig] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -133,6 +135,18 @@ class Switches(TunerLayer):
         if held.present is None:
             held.present = present(self._modules, held.addresses, name)
         return held.present
+
+    def used_by(self, name: str, held: Held) -> tuple[Address, ...]:
+        """Where the leaves are that the hooks of an adapter read here."""
+        if held.used is None or held.present is None:
+            found = self.addresses_of(name, held)
+            if held.method.uses is not None:
+                shared = [a.leaf for a in found if a.leaf in held.method.shared]
+                own = [a.leaf for a in found if a.leaf not in held.method.shared]
+                names = {*own, *held.method.uses(self.site, own, shared)}
+                found = tuple(a for a in found if a.leaf in names)
+            held.used = found
+        return held.used
 
     # -- PEFT's switches --------------------------------------------------------------------------------
 

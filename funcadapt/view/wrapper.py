@@ -22,6 +22,7 @@ class AuxiliaryTrainingWrapper(AdapterHolder):
     """
 
     merged_adapters: Sequence[str] = ()
+    kept_as: str = ""  # what stands before the names in a checkpoint, where a method's own adapter is held in this way
     original_module: Any
     _several: ClassVar[bool] = False  # whether adapters can act together
 

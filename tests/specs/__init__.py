@@ -74,6 +74,7 @@ class Parity:
         tolerance: relative to the largest number; wider only where PEFT computes in float32.
         training: fields that switch on what is random in training mode, where equal seeds give equal numbers.
         peft: the name of PEFT's config class where it is not ours.
+        names: whether the parameters of the in-place model have PEFT's names, too; those in files always have.
     """
 
     config: Mapping[str, Any]
@@ -83,6 +84,7 @@ class Parity:
     tolerance: float = 1e-9
     training: Mapping[str, Any] | None = None
     peft: str = ""
+    names: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
