@@ -14,14 +14,16 @@ It is a pytree, and `call` a pure function of it: differentiate with respect to 
 The model is one of transformers (it takes `output_hidden_states`), without a cache. Checkpoints are PEFT's: they hold
 the classifier, and the config says where the experts are.
 
-Source: Buehler and Buehler 2024, arXiv:2402.07148. Differs from PEFT: experts may have any names (PEFT's act only if
-they are called "0", "1" and so on, and are left out without a word otherwise); with a `scaling_pass_value` of 0 the
-first pass leaves the experts out rather than to multiply by 0.
+Source: Buehler and Buehler 2024, arXiv:2402.07148. Differs from PEFT: experts may have any names (PEFT's calls fail
+unless they are "0", "1" and so on); a checkpoint has the whole classifier (PEFT's lacks each layer whose number is also
+an expert's, so always the first one, and reads such a file without a word); with a `scaling_pass_value` of 0 the first
+pass leaves the experts out rather than to multiply by 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -33,10 +35,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from funcadapt._torch import named_modules
 from funcadapt.adapter import Adapter
 from funcadapt.call import functional_call
 from funcadapt.checkpoint import CONFIG, WEIGHTS, read_config, write_all
@@ -140,7 +143,7 @@ register_pytree(
     XLora,
     ("experts", "classifier"),
     lambda x: ([dict(x.experts), dict(x.classifier)], x.config),
-    lambda children, config: XLora(*children, config),
+    lambda children, config: XLora(children[0], children[1], config),
     lambda config: config.to_dict(),
     _from_dict,
 )
@@ -186,7 +189,7 @@ def _check(experts: Mapping[str, Adapter]) -> None:
 def layers(model: nn.Module, experts: Mapping[str, Adapter]) -> tuple[str, ...]:
     """The paths of the adapted layers in the order in which PEFT numbers them: the model's."""
     paths = {path for adapter in experts.values() for path in adapter.params}
-    return tuple(path for path, _ in model.named_modules() if path in paths)
+    return tuple(path for path, _ in named_modules(model) if path in paths)
 
 
 def classifier_shapes(config: XLoraConfig, experts: int, layers: int) -> dict[str, tuple[int, ...]]:
@@ -205,7 +208,7 @@ def classifier_shapes(config: XLoraConfig, experts: int, layers: int) -> dict[st
     widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), last]
     step = 3 if config.xlora_dropout_p > 0 else 2  # a ReLU is numbered, too, and a dropout module
     found: dict[str, tuple[int, ...]] = {}
-    for i, (fan_in, out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (fan_in, out) in enumerate(itertools.pairwise(widths)):
         found |= {f"layers.{i * step}.weight": (out, fan_in), f"layers.{i * step}.bias": (out,)}
     return found
 
@@ -234,10 +237,8 @@ def scalings(value: XLora, hidden: Tensor, layers: int, *, training: bool = Fals
             h = torch.relu(h)
             h = torch.dropout(h, config.xlora_dropout_p, True) if training and config.xlora_dropout_p else h
     n = len(value.experts)
-    if config.layerwise_scalings:
-        h = h.reshape(*h.shape[:2], layers, n)
-    else:
-        h = h.unsqueeze(2).expand(-1, -1, layers, n)
+    shape = (*h.shape[:2], layers, n)
+    h = h.reshape(shape) if config.layerwise_scalings else h.unsqueeze(2).expand(shape)
     return torch.softmax(h / config.softmax_temperature, -1) if config.enable_softmax else h
 
 
@@ -278,7 +279,7 @@ def predict(model: nn.Module, value: XLora, args: Any = (), kwargs: Mapping[str,
     paths, config = layers(model, value.experts), value.config
     with torch.no_grad():
         if config.scaling_pass_value:
-            tokens = _tokens(positional, named)
+            tokens = rows_and_tokens(positional, named)
             same = tokens.new_full((*tokens.shape[:2], len(paths), len(value.experts)), 0.0, dtype=torch.float32)
             first = _second_pass(model, value, paths, same + config.scaling_pass_value, positional, named)
         else:
@@ -286,8 +287,9 @@ def predict(model: nn.Module, value: XLora, args: Any = (), kwargs: Mapping[str,
     return scalings(value, first.hidden_states[-1].detach(), len(paths), training=model.training)
 
 
-def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    found = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), *args[:1])
+def rows_and_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a call that has an axis of rows and one of tokens."""
+    found: Any = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), args[0] if args else None)
     if not isinstance(found, Tensor) or found.ndim < 2:
         raise AdapterError("X-LoRA needs input_ids or inputs_embeds, rows and tokens first.")
     return found

@@ -43,6 +43,7 @@ class AdapterLayer(Switches):
 
     base_layer: nn.Module
     inputs: ClassVar[Mapping[str, Tensor]] = {}  # set on the layers for the time of a call
+    weights: ClassVar[Mapping[str, Tensor]] = {}  # likewise: how much of each adapter acts, see `fa.functional_call`
 
     def __init__(
         self,
@@ -214,7 +215,7 @@ class AdapterLayer(Switches):
         for name in self.active_adapters if names is None else names:
             held = self.adapters.get(name)
             if held is not None:
-                found.append(Level(held.method, self._config(name, held), self.leaves(name), None))
+                found.append(Level(held.method, self._config(name, held), self.leaves(name), self.weights.get(name)))
         return found
 
     # -- the forward ------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ class AdapterLayer(Switches):
             self._cast_leaves(levels, args[0] if args else next(iter(kwargs.values())))
         if isinstance(base, AdapterLayer):
             return nest(base, levels, self.site, self.get_base_layer(), base.dense)(*args, **kwargs)
-        if len(levels) > 1 or not args:
+        if len(levels) > 1 or not args or levels[0].w is not None:
             return nest(base, levels, self.site, base, None)(*args, **kwargs)
         # the usual case without a detour
         (level,), x = levels, args[0]

@@ -172,20 +172,22 @@ def _recomputed(model: nn.Module, inputs: Mapping[str, Tensor]) -> Generator[Non
     """Hugging Face's activation checkpoints recompute in the backward pass, with the inputs of the forward pass."""
     name, swapped = "_gradient_checkpointing_func", list[tuple[dict[str, Any], Any]]()
 
-    def within(function: Callable[..., Any], below: Sequence[AdapterLayer]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with _held(below, inputs):
-                return function(*args, **kwargs)
+    def around(original: Callable[..., Any], below: Sequence[AdapterLayer]) -> Callable[..., Any]:
+        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def again(*args: Any, **kwargs: Any) -> Any:
+                with _held(below, inputs):
+                    return function(*args, **kwargs)
 
-        return run
+            return original(again, *args, **kwargs)
+
+        return checkpoint
 
     try:
         for module in model.modules() if model.training and torch.is_grad_enabled() else ():
             slot: Any = module.__dict__
             if name in slot and getattr(module, "gradient_checkpointing", False):
-                below, original = [m for m in module.modules() if isinstance(m, AdapterLayer)], slot[name]
-                swapped.append((slot, original))
-                slot[name] = lambda f, *a, below=below, original=original, **k: original(within(f, below), *a, **k)
+                swapped.append((slot, slot[name]))
+                slot[name] = around(slot[name], [m for m in module.modules() if isinstance(m, AdapterLayer)])
         yield
     finally:
         for slot, original in swapped:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 import funcadapt as fa
 from funcadapt.layer import Layer
 from funcadapt.many import Routed
+from funcadapt.sharing import SHARED
 from funcadapt.sites import describe
 
 pytestmark = [
@@ -28,6 +29,10 @@ pytestmark = [
 ]
 
 HOW = [None, "gather", "sort", "masked"]
+
+
+# Where the rows of a call act on each other through the adapter, a loop over rows is another function.
+BY_ROW = [case for case in FIRST if not case.method.couples]
 
 
 def ways(cases: list[Case], hows: list[str | None]) -> pytest.MarkDecorator:
@@ -138,7 +143,7 @@ def test_grouped_is_a_loop(case: Case) -> None:
     torch.testing.assert_close(fa.functional_call(model, expand, (xs[0],)), shared, **close)
 
 
-@ways(FIRST, HOW)
+@ways(BY_ROW, HOW)
 def test_routed_is_a_loop_over_rows(case: Case, how: str | None) -> None:
     model, x = case.model(), torch.cat(inputs(case, 3))
     adapters = [case.adapter(model, seed) for seed in range(3)]
@@ -160,7 +165,7 @@ def test_routed_is_a_loop_over_rows(case: Case, how: str | None) -> None:
         torch.testing.assert_close(out, model(x), **tolerance(out.dtype, out.abs().max().item(), roundings=4))
 
 
-@ways([c for c in FIRST if c.kind.name not in BY_POSITION], [None, "masked"])
+@ways([c for c in BY_ROW if c.kind.name not in BY_POSITION], [None, "masked"])
 def test_an_index_entry_is_for_consecutive_rows(case: Case, how: str | None) -> None:
     """Beams, return sequences, and tokens that a layer sees as rows."""
     if refuses(case, how):
@@ -178,7 +183,7 @@ def test_an_index_entry_is_for_consecutive_rows(case: Case, how: str | None) -> 
 TOKENS = frozenset({"linear", "hf_conv1d", "embedding", "embedding_padding"})
 
 
-@ways([c for c in FIRST if c.kind.name in TOKENS], HOW)
+@ways([c for c in BY_ROW if c.kind.name in TOKENS], HOW)
 def test_an_index_of_two_axes_routes_tokens(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -191,7 +196,7 @@ def test_an_index_of_two_axes_routes_tokens(case: Case, how: str | None) -> None
     torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", BY_ROW, ids=str)
 def test_bfloat16_is_the_loop_up_to_roundings(case: Case) -> None:
     low = torch.bfloat16
     model, xs = case.model(low), [x.to(low) if x.is_floating_point() else x for x in inputs(case, 3)]
@@ -277,7 +282,7 @@ def test_gradients_of_grouped_are_the_loops(case: Case) -> None:
     _check_gradients(case, model, fa.grouped, adapters, loop, torch.cat(xs))
 
 
-@ways(FIRST, HOW)
+@ways(BY_ROW, HOW)
 def test_gradients_of_routed_are_the_loops(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -298,7 +303,7 @@ def test_gradients_of_routed_are_the_loops(case: Case, how: str | None) -> None:
     assert not any(t[1].any() for t in pytree.tree_leaves(g))
 
 
-@ways([c for c in FIRST if has_rank(c)], ["grouped", *HOW[1:]])
+@ways([c for c in BY_ROW if has_rank(c)], ["grouped", *HOW[1:]])
 def test_mixed_ranks_are_padded_and_the_padding_has_no_gradient(case: Case, how: str) -> None:
     if refuses(case, how):
         return
@@ -323,7 +328,7 @@ def _forward_mode(case: Case) -> bool:
     return case.kind.name != "experts_grouped"
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if _forward_mode(c)], ids=str)
+@pytest.mark.parametrize("case", [c for c in BY_ROW if _forward_mode(c)], ids=str)
 def test_forward_mode_is_the_loops(case: Case) -> None:
     model, xs = case.model(), inputs(case, 2)
     adapters = [case.adapter(model, seed) for seed in range(2)]
@@ -364,7 +369,7 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=fa.checkpoint_context)  # pyright: ignore
 
 
-@ways(FIRST, ["grouped", *HOW])
+@ways(BY_ROW, ["grouped", *HOW])
 def test_checkpointed_gradients_equal_plain_ones(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -390,7 +395,7 @@ def test_checkpointed_gradients_equal_plain_ones(case: Case, how: str | None) ->
 # -- few rows, wrong rows ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", BY_ROW, ids=str)
 def test_one_adapter_one_row_and_none(case: Case) -> None:
     model, x = case.model(), case.inputs()
     adapters = [case.adapter(model, seed) for seed in range(2)]
@@ -465,7 +470,7 @@ class Bomb(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", BY_ROW, ids=str)
 def test_the_model_is_unchanged(case: Case) -> None:
     model, x = case.model().append(Bomb()), torch.cat(inputs(case, 3))
     stack, index = fa.stack([case.adapter(model, seed) for seed in range(3)]), index_for(case, len(x))
@@ -503,7 +508,7 @@ def looks_at_the_weight(case: Case) -> bool:
     return bool(seen)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", BY_ROW, ids=str)
 def test_grouped_and_single_adapters_nest(case: Case) -> None:
     model, xs = case.model(), inputs(case, 2)
     one, *adapters = (case.adapter(model, seed) for seed in range(3))
@@ -545,7 +550,7 @@ def test_grouped_and_single_adapters_nest(case: Case) -> None:
                 torch.testing.assert_close(model(x), expected, **close)
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.name not in BY_POSITION], ids=str)
+@pytest.mark.parametrize("case", [c for c in BY_ROW if c.kind.name not in BY_POSITION], ids=str)
 def test_stacks_of_different_sizes_nest(case: Case) -> None:
     if looks_at_the_weight(case):
         return
@@ -563,7 +568,7 @@ def test_stacks_of_different_sizes_nest(case: Case) -> None:
     torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", BY_ROW, ids=str)
 def test_weights_interpolate_grouped_and_routed(case: Case) -> None:
     model, xs = case.model(), inputs(case, 2)
     one, *adapters = (case.adapter(model, seed) for seed in range(3))
@@ -744,7 +749,8 @@ def test_the_grouped_form_is_vmap_of_after(case: Case) -> None:
     adapters = [case.adapter(model, seed) for seed in range(3)]
     site, module = describe(model, case.kind.target)
     layer = Layer(site, module, adapters[0].config)
-    p, x = fa.stack(adapters).leaves(case.kind.target), torch.stack(xs)
+    stack, x = fa.stack(adapters), torch.stack(xs)
+    p = {**stack.leaves(SHARED), **stack.leaves(case.kind.target)}
     y = torch.stack([model(x) for x in xs])
     assert case.method.grouped is not None
     out = case.method.grouped(layer, p, x, y)
@@ -787,7 +793,7 @@ def test_the_masked_form_is_after_of_the_chosen_adapter(case: Case) -> None:
 # -- values -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if c.kind.name in ("linear", "experts_linear")], ids=str)
+@pytest.mark.parametrize("case", [c for c in BY_ROW if c.kind.name in ("linear", "experts_linear")], ids=str)
 def test_both_are_pytrees_for_torch_and_optree(case: Case) -> None:
     model, x = case.model(), torch.cat(inputs(case, 3))
     stack, index = fa.stack([case.adapter(model, seed) for seed in range(3)]), index_for(case, len(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def _matrices() -> list[tuple[Tensor, int]]:
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_clusters_are_those_of_scikit_learn() -> None:
-    cluster: Any = pytest.importorskip("sklearn.cluster")
+    cluster: Any = import_module("sklearn.cluster")
     for x, k in _matrices():
         means = cluster.KMeans(n_clusters=k, init="random", n_init=1, max_iter=10, random_state=123456789)
         assert adamss.clusters(x, k).tolist() == means.fit_predict(x.numpy()).tolist()
@@ -150,7 +151,6 @@ def test_the_allocation_goes_through_vmap() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's use of transformers
 def test_the_live_model_is_allocated_as_in_peft() -> None:
     """But for one subspace: PEFT wants more than the smallest score that may stay, and leaves that one out, too."""
-    pytest.importorskip("sklearn")
     import funcadapt.peft as shim
 
     models: list[Any] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -36,9 +35,6 @@ SPECS = {
             Variant("dynamic", config(fa.AdamssConfig, **_DYNAMIC, init_weights=None), EXPERTS, identity=False),
         ],
         adamss,
-        # PEFT's needs scikit-learn
-        {"plain": Parity(_SMALL, ("linear", "linear_no_bias")), "dynamic": Parity(_DYNAMIC), "defaults": Parity({})}
-        if find_spec("sklearn")
-        else {},
+        {"plain": Parity(_SMALL, ("linear", "linear_no_bias")), "dynamic": Parity(_DYNAMIC), "defaults": Parity({})},
     )
 }

@@ -1,0 +1,110 @@
+"""Methods with a state that changes in training, on the real SmolLM2, step by step against PEFT's on the same text.
+
+The first two layers of the thirty: the weights are real, and a step takes a second. Both models begin with the same
+numbers, from one seed, and get the same batches; what evolves is compared after every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcadapt.peft as shim
+
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore")]
+LAYERS, STEPS, TARGETS = 2, 12, ["q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[nn.Module, Tensor]:
+    """The model, and token ids of real text."""
+    from pydoc_data.topics import topics
+
+    from funcadapt.recipes.pretrained import load_pretrained
+
+    model, tokenizer = load_pretrained()
+    model.model.layers = model.model.layers[:LAYERS]
+    model.config.num_hidden_layers = LAYERS
+    ids = torch.tensor(tokenizer("\n".join(topics[key] for key in sorted(topics)[:12]))["input_ids"])
+    return model, ids[: STEPS * 48].reshape(STEPS, 2, 24)
+
+
+def both(model: nn.Module, config: str, **fields: Any) -> tuple[Any, Any]:
+    """PEFT's model and ours, from one seed."""
+    made: list[Any] = []
+    for package in (peft, shim):
+        torch.manual_seed(5)
+        given = {key: value(package) if callable(value) else value for key, value in fields.items()}
+        built = getattr(package, config)(target_modules=TARGETS, task_type="CAUSAL_LM", **given)
+        made.append(package.get_peft_model(copy.deepcopy(model), built).train())
+    return made[0], made[1]
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    """What is trained, and what evolves beside it, by name."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: value.detach().clone() for name, value in own.items()}
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], step: int, tolerance: float = 2e-4) -> None:
+    assert ours.keys() == theirs.keys(), step
+    for name, value in theirs.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(
+            ours[name], value, rtol=0, atol=tolerance * max(scale, 1e-3), msg=lambda m, n=name: f"step {step}, {n}: {m}"
+        )
+
+
+def train(models: tuple[Any, Any], batches: Tensor, rate: float, after: Callable[[Any, int], None] | None = None,
+          before: Callable[[], None] | None = None, tolerance: float = 2e-4) -> list[dict[str, Tensor]]:  # fmt: skip
+    """The same steps of plain gradient descent for both; the states after each step."""
+    states = [state(models[1])]
+    close(states[0], state(models[0]), -1)
+    optimisers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=rate) for m in models]
+    for step, ids in enumerate(batches):
+        for model, optimiser in zip(models, optimisers, strict=True):
+            torch.manual_seed(step)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimiser.step()
+            if after is not None:
+                after(model, step)
+            optimiser.zero_grad()
+        states.append(state(models[1]))
+        close(states[-1], state(models[0]), step, tolerance)
+    assert any((states[-1][name] - states[0][name]).abs().max() > 0 for name in states[0] if name in states[-1])
+    return states
+
+
+def test_osf_stays_in_its_subspace(real: tuple[nn.Module, Tensor]) -> None:
+    """Gradients are projected: what is trained never gets a part in the frozen large directions."""
+    models = both(real[0], "OSFConfig", effective_rank=16)
+    train(models, real[1], 0.05)
+    held = models[1].state_dict()
+    key = next(k for k in held if "layers.0.self_attn.q_proj" in k and k.endswith("U_low"))
+    u = torch.linalg.svd(real[0].model.layers[0].self_attn.q_proj.weight.detach(), full_matrices=False).U  # pyright: ignore
+    high = u[:, : u.shape[1] - held[key].shape[1]]
+    assert high.shape[1] > 0
+    assert (high.T @ held[key]).abs().max() < 1e-3
+
+
+def test_adalora_allocates_its_ranks(real: tuple[nn.Module, Tensor]) -> None:
+    models = both(real[0], "AdaLoraConfig", init_r=6, target_r=2, tinit=2, tfinal=3, deltaT=2, total_step=STEPS)
+
+    def allocate(model: Any, step: int) -> None:
+        model.base_model.update_and_allocate(step)
+
+    states = train(models, real[1], 0.5, allocate)
+    ranks = [sum(int((v != 0).sum()) for k, v in s.items() if "lora_E" in k) for s in states[2:]]
+    assert ranks[-1] < max(ranks)
+    patterns = [m.peft_config["default"].rank_pattern for m in models]
+    short = [{key[key.index("layers.") :].removesuffix(".default"): list(v) for key, v in p.items()} for p in patterns]
+    assert short[0]
+    assert short[1] == short[0]
