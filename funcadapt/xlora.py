@@ -44,7 +44,7 @@ from funcadapt.adapter import Adapter
 from funcadapt.call import functional_call
 from funcadapt.checkpoint import CONFIG, WEIGHTS, read_config, write_all
 from funcadapt.checkpoint import load as load_adapter
-from funcadapt.config import AdapterConfig, config_from_dict
+from funcadapt.config import AdapterConfig, config_from_dict, freeze
 from funcadapt.errors import AdapterError, AdapterFileError
 from funcadapt.method import method_of
 from funcadapt.methods import lora
@@ -95,21 +95,28 @@ class XLoraConfig(AdapterConfig):
         super().__post_init__()
         if self.xlora_depth <= 0:
             raise ValueError("X-LoRA depth must be strictly positive.")
-        if self.hidden_size is None:
-            _warn("No value was provided for `hidden_size`. This will be set to 4096 by default, please ensure that "
-                  "this is correct.")  # fmt: skip
-            object.__setattr__(self, "hidden_size", 4096)
-        if self.adapters is None:
-            _warn("No value was provided for `adapters`. This will be set to empty, please ensure that this is "
-                  "correct.")  # fmt: skip
-            object.__setattr__(self, "adapters", {})
-            super().__post_init__()
+        for name, value in filled(self).items():
+            object.__setattr__(self, name, freeze(value))
         if self.enable_softmax_topk and self.top_k_lora is None:
             _warn("`enable_softmax_topk` enabled `top_k_lora` is not set")
         if self.enable_softmax_topk and self.enable_softmax:
             _warn("`enable_softmax_topk` and `enable_softmax` are both enabled. This will result in worse performance.")
         if self.top_k_lora is not None and self.top_k_lora < 1:
             _warn("`top_k_lora` value must be at least 1.")
+
+
+def filled(config: Any) -> dict[str, Any]:
+    """What stands for the fields that are None, with PEFT's warnings."""
+    missing = {
+        "hidden_size": (4096, "set to 4096 by default"),
+        "adapters": (dict[str, str](), "set to empty"),
+    }
+    found: dict[str, Any] = {}
+    for name, (value, what) in missing.items():
+        if getattr(config, name) is None:
+            found[name] = value
+            _warn(f"No value was provided for `{name}`. This will be {what}, please ensure that this is correct.")
+    return found
 
 
 def _warn(message: str) -> None:
@@ -289,7 +296,9 @@ def predict(model: nn.Module, value: XLora, args: Any = (), kwargs: Mapping[str,
 
 def rows_and_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The input of a call that has an axis of rows and one of tokens."""
-    found: Any = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), args[0] if args else None)
+    found: Any = next(
+        (kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), args[0] if args else None
+    )
     if not isinstance(found, Tensor) or found.ndim < 2:
         raise AdapterError("X-LoRA needs input_ids or inputs_embeds, rows and tokens first.")
     return found

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from funcadapt import targets
+from funcadapt import lora_leaves, targets
 from funcadapt.config import freeze
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
@@ -203,7 +203,7 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
 def with_rank(p: Leaf, old: int, r: int) -> Leaf:
     """A and E with zero rows and B with zero columns up to rank r, or all three cut to it."""
     axes = {"lora_A": -2, "lora_E": -2, "lora_B": -1}
-    return {**p, **{name: lora._resized(p[name], p[name].ndim + axis, r) for name, axis in axes.items()}}
+    return {**p, **{name: lora_leaves.resized(p[name], p[name].ndim + axis, r) for name, axis in axes.items()}}
 
 
 def layout(p: Leaf) -> Leaf:
@@ -221,7 +221,7 @@ def pack(p: Leaf) -> Leaf:
 
 def unpack(config: AdaLoraConfig, p: Leaf) -> Leaf:
     """The inverse of `pack`."""
-    found = lora.unpacked(config.init_r, p)
+    found = lora_leaves.unpacked(config.init_r, p)
     return p if found is p else {**found, "lora_E": p["lora_E"].reshape(-1, config.init_r, 1)}
 
 

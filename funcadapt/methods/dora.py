@@ -28,6 +28,7 @@ from funcadapt._torch import linalg
 from funcadapt.combining import Algebra, Recipe, Spot, sums_to_one
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
+from funcadapt.lora_variants import asks
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
 from funcadapt.methods import lora
 from funcadapt.sites import Site
@@ -158,7 +159,7 @@ METHOD = register(
     Method(
         name="dora",
         config=lora.LoraConfig,
-        when=lambda config: config.use_dora,
+        when=asks("use_dora"),
         kinds=lora.KINDS,
         keys={**lora.METHOD.keys, "lora_magnitude_vector": "lora_magnitude_vector"},
         init=init,

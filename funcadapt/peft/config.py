@@ -17,6 +17,7 @@ from funcadapt.config import AdapterConfig, thaw
 from funcadapt.peft import lora_parts
 from funcadapt.peft.hub import HubMixin, hub_arguments, local_or_downloaded
 from funcadapt.peft.types import PEFT_VERSION, PeftType, TaskType, as_peft_type
+from funcadapt.xlora import filled
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -348,7 +349,10 @@ def _plain(value: Any) -> Any:
 
 
 # class -> what it does after construction, beyond what its fields say
-_ADJUSTMENTS: dict[str, Callable[[Any], None]] = {"LoraConfig": lora_parts.adjust_lora}
+_ADJUSTMENTS: dict[str, Callable[[Any], None]] = {
+    "LoraConfig": lora_parts.adjust_lora,
+    "XLoraConfig": lambda config: config.__dict__.update(filled(config)),
+}
 
 
 def __getattr__(name: str) -> Any:

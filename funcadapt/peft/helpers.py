@@ -175,11 +175,28 @@ class DoraCaching:
 
 
 class MontecloraTrainerMixin:
-    """PEFT's mixin for a `Trainer`, which adds the loss of MonteCLoRA's samplers.
+    """PEFT's mixin for a `Trainer`: adds the penalty of MonteCLoRA's samplers, see `funcadapt.methods.monteclora`."""
 
-    No config here can ask for MonteCLoRA, so there is never such a loss, and a `Trainer` with the mixin trains as it
-    would without.
-    """
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The trainer's loss and the mean of what the tuners of the model add to it.
+
+        Args:
+            model: the model that is trained.
+            inputs: a batch.
+            return_outputs: whether to return the model's outputs as well.
+            **kwargs: further arguments of the trainer's method.
+
+        Returns:
+            The loss, or the loss and the outputs.
+        """
+        trainer: Any = super()
+        found = trainer.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        tuners: list[Any] = [m for m in model.modules() if hasattr(type(m), "_get_monteclora_loss")]
+        own = [tuner._get_monteclora_loss() for tuner in tuners]
+        added = sum(own) / max(1, len(own))
+        return (found[0] + added, *found[1:]) if return_outputs else found + added
 
 
 _EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")

@@ -176,8 +176,13 @@ def nested(value: Any, cls: type[Any]) -> Any:
     if value is None or isinstance(value, cls):
         return value
     if isinstance(value, dict):
-        given = {f.name for f in dataclasses.fields(cls) if f.init}
-        return cls(**{k: v for k, v in value.items() if k in given})  # pyright: ignore[reportUnknownVariableType]
+        values: dict[str, Any] = {str(k): v for k, v in value.items()}  # pyright: ignore
+        known: dict[str, bool] = {f.name: f.init for f in dataclasses.fields(cls)}
+        made = cls(**{k: v for k, v in values.items() if known.get(k)})
+        for k, v in values.items():
+            if known.get(k) is False:
+                setattr(made, k, v)  # PEFT drops it: the names of a router's experts
+        return made
     raise TypeError(f"`{cls.__name__}` must be a `{cls.__name__}`, a dict, or None, got {value!r}.")
 
 

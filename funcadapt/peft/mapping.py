@@ -61,7 +61,8 @@ def _configs() -> dict[str, Callable[[], type[Any]]]:
 
 
 def _tuners() -> dict[str, Callable[[], type[Any]]]:
-    return {name: lambda package=package: _tuner(package) for name, (package, _) in _packages().items()}
+    found = {name: lambda package=package: _tuner(package) for name, (package, _) in _packages().items()}
+    return {**found, "XLORA": lambda: import_module("funcadapt.peft.xlora_model").XLoraModel}
 
 
 def _tuner(package: str) -> type[Any]:

@@ -6,14 +6,16 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from funcadapt._torch import named_modules
 from funcadapt.view.mixed import mixed_batch
 
 
 @contextmanager
-def named_rows(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) -> Generator[None, None, None]:
+def named_rows(
+    model: nn.Module, names: Sequence[str], call: Mapping[str, Any], inputs: Mapping[str, Tensor] | None = None
+) -> Generator[None, None, None]:
     """Row i uses the adapter `names[i]`, for the duration of a block.
 
     `generate` repeats every row for its beams and for the sequences that it returns, so the names are repeated, too;
@@ -23,6 +25,7 @@ def named_rows(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) 
         model: the model.
         names: a name for every row, "__base__" for the bare model.
         call: the keyword arguments of the call.
+        inputs: what the adapters need of every call, rows first.
 
     Yields:
         Nothing.
@@ -35,7 +38,8 @@ def named_rows(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) 
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
     encoder = _encoder_path(model) if times > 1 else None
     within = None if encoder is None else {encoder: list(names)}
-    with mixed_batch(model, [name for name in names for _ in range(times)], within):
+    repeated = {name: value.repeat_interleave(times, 0) for name, value in (inputs or {}).items()}
+    with mixed_batch(model, [name for name in names for _ in range(times)], within, repeated):
         yield
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from funcadapt.peft.around import AroundTuner
+from funcadapt.peft.arrow_model import refresh
 from funcadapt.peft.checks import (
     check_injectable,
     input_requires_grad,
@@ -19,6 +20,7 @@ from funcadapt.peft.checks import (
 from funcadapt.peft.config import PeftConfig
 from funcadapt.peft.getting import get_peft_model as get_peft_model
 from funcadapt.peft.hub import HubMixin
+from funcadapt.peft.invoking import INPUT, with_offsets
 from funcadapt.peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from funcadapt.peft.model_files import FilesMixin
 from funcadapt.peft.status import (
@@ -128,6 +130,9 @@ class PeftModel(FilesMixin, HubMixin):
         if not self.has_active_enabled_adapter:
             yield
             return
+        refresh(self, self.active_adapter)
+        if INPUT in self.base_model.inputs_of(kwargs.get("adapter_names")):
+            kwargs = with_offsets(self.peft_config, self.active_adapter, args, kwargs)
         with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
             yield
 

@@ -59,7 +59,7 @@ def as_held(model: nn.Module, config: Any, name: str) -> Any:
         The same config if it says so already.
     """
     frozen = config.to_funcadapt()
-    held = view_state(model).configs[name]
+    held = view_state(model).configs.get(name, frozen)  # X-LoRA is no adapter of a layer
     fields = [field for pair in frozen.patterned.items() for field in pair]
     if not fields or all(
         getattr(frozen.at(layer.site.path), field) == getattr(layer.adapters[name].config, field)

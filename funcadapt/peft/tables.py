@@ -38,6 +38,15 @@ _AVAILABILITY = {  # function of peft.import_utils -> the package that it is abo
 }
 
 
+_EVA = (  # of peft.tuners.lora.eva
+    "forward_fn_dict",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "prepare_layer_inputs_fn_language_modeling",
+    "prepare_model_inputs_fn_language_modeling",
+)
+
+
 def at(module: str, *names: str) -> Table:
     """Names that are in a module, imported when they are asked for.
 
@@ -96,6 +105,14 @@ def _of_package(package: str, registered: tuple[Method, ...]) -> Table:
     table |= {name: partial(absent.enumeration, name) for name, (home, _) in absent.ENUMS.items() if home == package}
     if package == "lora":
         table |= {name: partial(getattr, lora_parts, name) for name in lora_parts.CLASSES}
+        table |= at(".lora_conversion", "convert_to_lora", "save_as_lora") | at(
+            ".intruders", "reduce_intruder_dimension"
+        )
+        table |= at(".arrow_model", "create_arrow_model")
+        table |= at(".eva", *_EVA)
+        table |= at(".data_inits", "CordaEigens", "preprocess_corda", "preprocess_loraga")
+    if package == "xlora":
+        table |= at(".xlora_model", "XLoraModel")
     if package == "trainable_tokens":
         table |= at("funcadapt.view.auxiliary", "TrainableTokensLayer")
     for method in (m for m in registered if view_of(m).package == package):

@@ -45,7 +45,7 @@ class _TaskModel(PeftModel):
             named["return_dict"] = getattr(config, "return_dict", True) and not getattr(config, "torchscript", False)
         if getattr(config, "model_type", None) == "mpt" and named["inputs_embeds"] is None:
             del named["inputs_embeds"]  # older ones have no such argument
-        with self._enable_peft_forward_hooks(**kwargs):
+        with self._enable_peft_forward_hooks(**named, **kwargs):
             return self.base_model(**named, **self._without_special(kwargs))
 
 

@@ -90,6 +90,8 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
+    if config.peft_type == "XLORA":
+        return model.base_model.own_state_dict()
     found = adapter_state_dict(
         model, adapter_name, state_dict, save_embedding_layers, config=config.to_funcadapt(), lookup=_vocabulary
     )
@@ -161,6 +163,8 @@ def set_peft_model_state_dict(
         RuntimeError: if a tensor does not fit. The model is unchanged then.
     """
     config = config_of(model, adapter_name)
+    if config.peft_type == "XLORA":
+        return model.base_model.load_own_state_dict(peft_model_state_dict)
     tensors = dict(peft_model_state_dict)
     return load_adapter_state_dict(
         model,
