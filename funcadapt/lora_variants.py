@@ -121,3 +121,17 @@ def settings(cls: type[_S], given: Mapping[str, Any], field: str) -> _S:
         if name not in names:
             raise ValueError(f"`{field}` has no field {name!r}.{did_you_mean(name, names)}")
     return cls(**{name: freeze(value) for name, value in given.items()})
+
+
+def setting(cls: type[Any], given: Mapping[str, Any] | None, name: str) -> Any:
+    """One value of a nested config that was checked before, in a form that dynamo can trace.
+
+    Args:
+        cls: the dataclass, for its default.
+        given: the dict in the config.
+        name: the value's name.
+
+    Returns:
+        The value.
+    """
+    return (given or {}).get(name, getattr(cls, name))

@@ -7,8 +7,8 @@ numbers, from one seed, and get the same batches; what evolves is compared after
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import funcadapt as fa
 import funcadapt.peft as shim
+from funcadapt.methods import velora
 
 pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore")]
 LAYERS, STEPS, TARGETS = 2, 12, ["q_proj", "v_proj"]
@@ -108,3 +110,60 @@ def test_adalora_allocates_its_ranks(real: tuple[nn.Module, Tensor]) -> None:
     short = [{key[key.index("layers.") :].removesuffix(".default"): list(v) for key, v in p.items()} for p in patterns]
     assert short[0]
     assert short[1] == short[0]
+
+
+def test_velora_follows_the_inputs(real: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    """The direction that inputs are projected on is the one of every batch; `observe` is its pure update."""
+    torch.manual_seed(5)
+    given = peft.VeloraConfig(num_groups=32, scale=1.0, init_type="batch_average")
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", velora_config=given)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(real[0]), config).train()
+    theirs.save_pretrained(tmp_path)
+    model, adapter = copy.deepcopy(real[0]).train().requires_grad_(False), fa.load(tmp_path, model=real[0])
+    seen: list[Tensor] = []
+    for step, ids in enumerate(real[1]):
+        theirs.zero_grad()
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        adapter = velora.observe(model, adapter, (), {"input_ids": ids})
+
+        def loss(params: Any, adapter: fa.Adapter = adapter, ids: Tensor = ids) -> Tensor:
+            given = {"input_ids": ids, "labels": ids}
+            return fa.functional_call(model, adapter.replace(params=params), (), given).loss
+
+        grads = torch.func.grad(loss)(adapter.params)
+        moved = {p: {k: t - 0.5 * grads[p][k] for k, t in leaves.items()} for p, leaves in adapter.params.items()}
+        adapter = adapter.replace(params=moved)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter -= 0.5 * parameter.grad
+        layer = theirs.base_model.model.model.layers[1].self_attn.v_proj
+        own = adapter.leaves("model.layers.1.self_attn.v_proj")
+        found = {"A": own["lora_A"], "B": own["lora_B"], "embed": own["lora_velora_embed"]}
+        expected = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+        expected["embed"] = layer.lora_velora_embed["default"]
+        close(found, {k: v.detach() for k, v in expected.items()}, step)
+        seen.append(own["lora_velora_embed"])
+    assert (seen[-1] - seen[0]).abs().max() > 1e-3
+
+
+def test_adamss_leaves_out_subspaces(real: tuple[nn.Module, Tensor]) -> None:
+    """Step for step as PEFT's, until it leaves out the first ones: PEFT keeps one fewer than its schedule says."""
+    asa = {"use_asa": True, "asa_target_subspaces": 6, "init_warmup": 8, "final_warmup": 11, "mask_interval": 1}
+    models = both(real[0], "AdamssConfig", r=32, num_subspaces=4, **asa)
+
+    def allocate(model: Any, step: int) -> None:
+        model.base_model.update_and_allocate(step)
+
+    train(models, real[1][:7], 0.5, allocate)
+    for step, ids in enumerate(real[1][7:], 7):
+        flags: list[set[str]] = []
+        for model in models:
+            model.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            allocate(model, step)
+            flags.append({name for name, p in model.named_parameters() if p.requires_grad})
+    theirs, ours = flags
+    assert theirs <= ours
+    assert len(ours) - len(theirs) in (0, 2)  # an A and a B
+    assert len(ours) == 2 * 6
