@@ -111,9 +111,7 @@ _OTHERS: dict[str, tuple[str, ...]] = {
     ),
     "adaption_prompt": ("AdaptedAttention",),
     "lokr": ("factorization",),
-    "lora": (
-        "GPTQLoraLinear",
-    ),
+    "lora": ("GPTQLoraLinear",),
     "adalora": ("RankAllocator", "SVDConv2d", "SVDLinear", "SVDQuantLinear"),
     "shadow": ("DetachedShadowModel", "ShadowCache", "ShadowCarrier"),
 }
