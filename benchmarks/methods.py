@@ -5,8 +5,8 @@
 `speed`: a forward pass and a training step (forward and backward) on SmolLM2-135M in float32, adapters at q_proj and
 v_proj, paired with PEFT's same method and with the bare model in one process. `saved` is what autograd keeps for the
 backward pass beyond what the bare model keeps, in MB.
-`quality`: the loss on held-out text after the same 200 steps of AdamW on the same text, from the same seed, on the first
-six layers of SmolLM2 (all thirty would take hours on two cores): adapters repair what cutting the model broke.
+`quality`: the loss on held-out text after the same 200 steps of AdamW on the same text, from the same seed, on the
+first six layers of SmolLM2 (all thirty would take hours on two cores): adapters repair what cutting the model broke.
 `lines`: lines of code, without docstrings and comments, of a method's file, and of PEFT's package for it.
 `table`: all of it in one table, and `results/methods.png`, quality against parameters.
 """

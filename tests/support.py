@@ -37,6 +37,11 @@ COLUMNS: dict[str, tuple[tuple[str, ...], Any, Any]] = {
 }
 
 
+# What trying with the configs of the laws cannot show: they name layers by pattern, or need adapters that are there
+# already; and QA-LoRA acts at GPTQ's own layers only, elsewhere PEFT takes its field for nothing.
+BY_HAND = {"bdlora": ("Linear",), "arrow": ("Linear",), "qalora": ()}
+
+
 class _Net(nn.Module):
     """One layer, and something around it."""
 
@@ -54,8 +59,8 @@ def in_peft(name: str, variant: Variant, column: str) -> bool:
     _, layer, inputs = COLUMNS[column]
     if layer is None:  # only plain LoRA knows parameters
         return name == "lora"
-    if name == "qalora":  # at GPTQ's own layers; elsewhere PEFT takes the field for nothing
-        return False
+    if name in BY_HAND:
+        return column in BY_HAND[name]
     config = variant.config(target_modules=["layer"])
     defaults = type(config)(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config) if _required(f)})
     changed = {
@@ -69,7 +74,7 @@ def in_peft(name: str, variant: Variant, column: str) -> bool:
             model: Any = peft.get_peft_model(_Net(layer()), getattr(peft, type(config).__name__)(**changed))
             own = [p for p in model.parameters() if p.requires_grad]
             x = inputs()
-            model(x, **{k: v.expand(len(x)) for k, v in variant.inputs.items()}).sum().backward()
+            model.base_model(x, **{k: v.expand(len(x)) for k, v in variant.inputs.items()}).sum().backward()
     except Exception:
         return False
     return bool(own)

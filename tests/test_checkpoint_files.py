@@ -504,8 +504,8 @@ def test_unknown_fields(saved: Path) -> None:
     (saved / CONFIG).write_text(json.dumps({**values, "use_something_new": False}))
     with pytest.warns(UserWarning, match="no field 'use_something_new'"):
         fa.load(saved)
-    (saved / CONFIG).write_text(json.dumps({**values, "alora_invocation_tokens": [1, 2]}))
-    with pytest.raises(NotImplementedError, match="alora_invocation_tokens"):
+    (saved / CONFIG).write_text(json.dumps({**values, "layer_replication": [[0, 1]]}))
+    with pytest.raises(NotImplementedError, match="layer_replication"):
         fa.load(saved)
 
 

@@ -91,7 +91,7 @@ def init(site: Site, config: PolyConfig, draw: Draw, weight: Callable[[], Tensor
 
     def drawn(rows: int, columns: int) -> Tensor:  # (q, S, columns, rows), drawn as PEFT does: skills first
         every = [draw.uniform(rows, columns, bound=1 / math.sqrt(columns)).t() for _ in range(skills * q)]
-        return torch.stack(every).unflatten(0, (skills, q)).transpose(0, 1).contiguous()
+        return torch.stack(every).reshape(skills, q, columns, rows).transpose(0, 1).contiguous()
 
     a = drawn(r, d)
     b = draw.zeros(q, skills, r, out) if config.init_weights else drawn(out, r)

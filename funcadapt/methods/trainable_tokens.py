@@ -3,12 +3,14 @@
     W' = W with the rows `token_indices` replaced by the trained ones
 
 Leaves: `trainable_tokens_delta` (tokens, width); the buffer `token_indices` follows from the config. A head that is
-tied to the embedding has the rows, too. Init: the rows as they are: the identity; normal numbers with `init_weights=False`.
+tied to the embedding has the rows, too. Init: the rows as they are: the identity; normal numbers with
+`init_weights=False`.
 Cost: tokens x width parameters, and a copy of W with other rows a call. Dense form: W'.
 It is what `trainable_token_indices` of other configs does, without another adapter.
 
-Source: PEFT. Differs from PEFT: a linear layer that is targeted keeps its bias, and indices are checked; a file does not
-have the rows of a tied head a second time.
+Source: PEFT. Differs from PEFT: a linear layer that is targeted keeps its bias, and indices are checked; a file does
+not have the rows of a tied head a second time. In the in-place model the rows are held as those of
+`trainable_token_indices` are; files have PEFT's names.
 """
 
 from __future__ import annotations

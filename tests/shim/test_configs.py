@@ -447,34 +447,34 @@ def test_mappings() -> None:
 
 def test_a_method_that_is_registered_later_wins() -> None:
     """No file of the shim changes for a new method."""
-    stand_in = shim.BOFTConfig
+    stand_in = shim.ShadowConfig
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class BOFTConfig(fa.AdapterConfig):
+    class ShadowConfig(fa.AdapterConfig):
         """A config."""
 
-        peft_type: str = "BOFT"
-        boft_block_size: int = 4
+        peft_type: str = "SHADOW"
+        shadow_block_size: int = 4
         target_modules: Any = None
         names: Any = ("a",)
 
     lora = fa.method_of(fa.LoraConfig())
-    changes = {"grouped": None, "masked": None, "view": None, "keys": {"lora_A": "boft_R"}}
-    fa.register(dataclasses.replace(lora, name="boft", config=BOFTConfig, **changes))
+    changes = {"grouped": None, "masked": None, "view": None, "keys": {"lora_A": "shadow_R"}}
+    fa.register(dataclasses.replace(lora, name="shadow", config=ShadowConfig, **changes))
     try:
-        assert shim.BOFTConfig is not stand_in
-        config = shim.BOFTConfig(boft_block_size=8, target_modules=["q"])
-        assert (config.target_modules, config.names, config.peft_type) == ({"q"}, ["a"], shim.PeftType.BOFT)
-        expected = BOFTConfig(boft_block_size=8, target_modules=("q",), peft_version="0.21.2")
+        assert shim.ShadowConfig is not stand_in
+        config = shim.ShadowConfig(shadow_block_size=8, target_modules=["q"])
+        assert (config.target_modules, config.names, config.peft_type) == ({"q"}, ["a"], shim.PeftType.SHADOW)
+        expected = ShadowConfig(shadow_block_size=8, target_modules=("q",), peft_version="0.21.2")
         assert config.to_funcadapt() == expected
-        assert shim.PEFT_TYPE_TO_CONFIG_MAPPING["BOFT"] is shim.BOFTConfig is shim.tuners.boft.BOFTConfig
-        assert shim.BOFTModel is shim.PEFT_TYPE_TO_TUNER_MAPPING["BOFT"] is shim.tuners.boft.model.BOFTModel
-        assert shim.tuners.boft.layer.BOFTLayer.adapter_layer_names == ("boft_R",)
-        assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING["BOFT"] == "boft_"
+        assert shim.PEFT_TYPE_TO_CONFIG_MAPPING["SHADOW"] is shim.ShadowConfig is shim.tuners.shadow.ShadowConfig
+        assert shim.ShadowModel is shim.PEFT_TYPE_TO_TUNER_MAPPING["SHADOW"] is shim.tuners.shadow.model.ShadowModel
+        assert shim.tuners.shadow.layer.ShadowLayer.adapter_layer_names == ("shadow_R",)
+        assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING["SHADOW"] == "shadow_"
     finally:
-        unregister("boft")
-        del _configs["BOFT"]
-    assert shim.BOFTConfig is stand_in
+        unregister("shadow")
+        del _configs["SHADOW"]
+    assert shim.ShadowConfig is stand_in
 
 
 def test_no_warning_by_default() -> None:

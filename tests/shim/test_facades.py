@@ -126,11 +126,11 @@ def test_base_tuner_layer() -> None:
 
 
 def test_stand_ins() -> None:
-    from funcadapt.peft.tuners.boft import BOFTLayer, BOFTModel
+    from funcadapt.peft.tuners.shadow import ShadowLayer, ShadowModel
 
-    assert not isinstance(nn.Linear(1, 1), BOFTLayer)
-    assert BOFTLayer.adapter_layer_names == ()
-    for use in (BOFTModel, BOFTLayer, shim.tuners.lora.GPTQLoraLinear):
+    assert not isinstance(nn.Linear(1, 1), ShadowLayer)
+    assert ShadowLayer.adapter_layer_names == ()
+    for use in (ShadowModel, ShadowLayer, shim.tuners.lora.GPTQLoraLinear):
         with pytest.raises(NotImplementedError, match=f"^{use.__name__} is not implemented"):
             use(nn.Linear(1, 1), adapter_name="a")
     for use in (shim.PromptEmbedding, shim.compose_cartridge_adapters, shim.AdaptionPromptModel):
@@ -161,7 +161,7 @@ def test_unknown_names_have_near_matches(module: str, name: str, near: str) -> N
 
 
 def test_unknown_modules() -> None:
-    for name in ("tuners.nothing", "tuners.lora.nothing", "nothing", "tuners.lora.layer.nothing", "tuners.boft.eva"):
+    for name in ("tuners.nothing", "tuners.lora.nothing", "nothing", "tuners.lora.layer.nothing", "tuners.shadow.eva"):
         assert importlib.util.find_spec(f"funcadapt.peft.{name}") is None
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module(f"funcadapt.peft.{name}")
