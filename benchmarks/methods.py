@@ -31,6 +31,7 @@ from torch import nn
 
 import funcadapt as fa
 from benchmarks.common import RESULTS, paired, report, smollm2, summary
+from funcadapt.method import methods as registered
 
 TARGETS = ["q_proj", "v_proj"]
 SHAPE, ROUNDS = (1, 64), 9
@@ -307,7 +308,7 @@ def main() -> None:
     """Run the parts named on the command line, or all of them; a method's name restricts them."""
     torch.set_num_threads(2)
     parts = [a for a in sys.argv[1:] if a not in CONFIGS] or ["speed", "quality", "lines", "table"]
-    known = {method.name for method in fa.registered()}
+    known = {method.name for method in registered()}
     names = [a for a in sys.argv[1:] if a in CONFIGS] or [name for name in CONFIGS if name in known]
     for part in parts:
         {"speed": speed, "quality": quality, "lines": lines, "table": table}[part](names)

@@ -237,7 +237,14 @@ class AdapterBank:
         values, held = self._slots.fit(adapter)
         self._put(name, overwrite, held, lambda slot: self._slots.write(slot, values))
 
-    def load(self, name: str, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def load(
+        self,
+        name: str,
+        directory: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
         """Read a PEFT checkpoint into a slot: `bank.add(name, fa.load(directory))`, and faster.
 
         How the bytes of a file go into a slot is worked out once for files of one layout (the same names, shapes and
@@ -247,6 +254,7 @@ class AdapterBank:
             name: the adapter's name.
             directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
             overwrite: as in `add`.
+            model: the model, for methods of which a checkpoint does not hold all (FourierFT, VeRA), see `fa.load`.
 
         Raises:
             AdapterFileError: if a file is missing, truncated or malformed, as in `fa.load`.
@@ -270,6 +278,9 @@ class AdapterBank:
         folder = Path(directory)
         with self._lock:
             self._check_place(name, overwrite)
+        if self._slots.needs_model:
+            self.add(name, load(folder, model=model), overwrite=overwrite)
+            return
         head = Head.read(folder)
         try:
             with self._plans.reading(folder, head) as reading:

@@ -96,6 +96,11 @@ class Slots:
 
     # -- what fits --------------------------------------------------------------------------------------
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether a checkpoint alone does not make an adapter."""
+        return self._method.derive is not None or self._method.share is not None
+
     @writing()
     def fit(self, adapter: Adapter) -> tuple[Values, Held]:
         """The leaves of an adapter in the shapes of a slot: checked, padded, neutral where there are none."""

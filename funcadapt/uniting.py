@@ -41,10 +41,11 @@ def split(adapter: Adapter, method: Method) -> tuple[Own, Whole]:
     buffers: Tree = {}
     for path, leaves in adapter.params.items():
         for name, leaf in leaves.items():
-            (own if name in method.keys else params).setdefault(path, {})[name] = leaf
+            (own if name in method.keys or name in method.shared else params).setdefault(path, {})[name] = leaf
     for path, leaves in adapter.buffers.items():
         for name, leaf in leaves.items():
-            (own if path in own and name != TOKEN_INDICES else buffers).setdefault(path, {})[name] = leaf
+            mine = (path in own or method.shared) and name != TOKEN_INDICES
+            (own if mine else buffers).setdefault(path, {})[name] = leaf
     return own, Whole(params, buffers)
 
 

@@ -33,8 +33,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True, bias=bias)
         if bias:  # torch starts them at zero, where what scales a bias would not show
-            nn.init.normal_(self.attention.in_proj_bias)
-            nn.init.normal_(self.attention.out_proj.bias)
+            nn.init.normal_(self.attention.in_proj_bias, std=0.2)
+            nn.init.normal_(self.attention.out_proj.bias, std=0.2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x, x, x)[0]

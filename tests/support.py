@@ -37,8 +37,8 @@ COLUMNS: dict[str, tuple[tuple[str, ...], Any, Any]] = {
 }
 
 
-# What trying with the configs of the laws cannot show: they name layers by pattern, need token ids, or adapters that are
-# there already; and QA-LoRA acts at GPTQ's own layers only, elsewhere PEFT takes its field for nothing.
+# What trying with the configs of the laws cannot show: they name layers by pattern, need token ids, or need adapters
+# that are there already; and QA-LoRA acts at GPTQ's own layers only, elsewhere PEFT takes its field for nothing.
 BY_HAND = {
     "alora": ("Linear", "Conv1D (transformers)"),
     "arrow": ("Linear",),

@@ -24,7 +24,7 @@ from funcadapt import sparsify
 from funcadapt.algebra import add, combine, scale
 from funcadapt.combining import COMBINATIONS, SPARSE
 
-ALGEBRAIC = [case for case in LAWS if case.method.algebra is not None]
+ALGEBRAIC = [case for case in LAWS if case.method.algebra is not None and not case.variant.inputs]
 PLAIN = [case for case in LAWS if case.method.algebra is None and case.kind.name == "linear"]
 LORA = [case for case in ALGEBRAIC if case.method.name in ("lora", "dora")]
 DENSITY = {name: 0.5 for name in COMBINATIONS if name.removesuffix("_svd") in SPARSE}

@@ -76,7 +76,9 @@ def same(a: fa.Adapter, b: fa.Adapter) -> None:
         for path, leaves in x.items():
             for name, leaf in leaves.items():
                 other = y[path][name]
-                assert (leaf.dtype, leaf.shape, leaf.stride()) == (other.dtype, other.shape, other.stride())
+                assert (leaf.dtype, leaf.shape) == (other.dtype, other.shape)
+                # frozen leaves are as they were made, those that are trained in the layout in which hooks are fastest
+                assert leaf.stride() == other.stride() or x is a.buffers
                 assert torch.equal(leaf, other), (path, name)
 
 
@@ -207,7 +209,13 @@ def has(case: Case, field: str) -> bool:
     return any(f.name == field for f in dataclasses.fields(case.method.config))
 
 
-SELECTED = [case for case in FIRST if not case.kind.is_parameter or has(case, "target_parameters")]
+SELECTED = [
+    case
+    for case in FIRST
+    if (not case.kind.is_parameter or has(case, "target_parameters"))
+    and not case.variant.inputs
+    and case.method.shapes is None  # a bank is made from shapes alone
+]
 
 
 @pytest.mark.parametrize("case", SELECTED, ids=str)
@@ -218,21 +226,21 @@ def test_every_method_and_layer(case: Case, tmp_path: Path) -> None:
     same(bank.get("a"), adapter)
     fa.save(adapter, tmp_path)
     for name in ("b", "c"):  # the plain way, then by plan where there is one
-        bank.load(name, tmp_path)
-        same(bank.get(name), fa.load(tmp_path))
+        bank.load(name, tmp_path, model=model)
+        same(bank.get(name), fa.load(tmp_path, model=model))
         bank.remove(name)
 
 
-@pytest.mark.parametrize("case", [case for case in SELECTED if has(case, case.method.rank_field)], ids=str)
+@pytest.mark.parametrize("case", [case for case in SELECTED if case.method.with_rank is not None], ids=str)
 def test_smaller_ranks_are_padded_exactly(case: Case, tmp_path: Path) -> None:
     model, x = case.model(), case.inputs()
     bank, adapter = bank_of(case, model, **{case.method.rank_field: 6}), case.adapter(model)
     bank.add("a", adapter)
     same(bank.get("a"), adapter)
     fa.save(adapter, tmp_path)
-    bank.load("a", tmp_path, overwrite=True)
-    bank.load("a", tmp_path, overwrite=True)
-    same(bank.get("a"), fa.load(tmp_path))
+    bank.load("a", tmp_path, overwrite=True, model=model)
+    bank.load("a", tmp_path, overwrite=True, model=model)
+    same(bank.get("a"), fa.load(tmp_path, model=model))
     out = fa.functional_call(model.eval(), fa.select(bank.stack, int(bank.index(["a"]))), (x,))
     torch.testing.assert_close(out, fa.functional_call(model, bank.get("a"), (x,)), rtol=0, atol=1e-5)
 

@@ -75,8 +75,10 @@ def of_ranks(case: Case, model: nn.Module, ranks: list[int]) -> list[fa.Adapter]
     """Adapters of a case with other ranks and alphas."""
 
     def config(r: int, **targets: Any) -> fa.AdapterConfig:
-        changes: dict[str, Any] = {case.method.rank_field: r, "lora_alpha": 3 * r + 1}
-        return dataclasses.replace(case.variant.config(**targets), **changes)
+        changes: dict[str, Any] = {case.method.rank_field: r, "lora_alpha": 3 * r + 1, "alpha": 3 * r + 1}
+        made = case.variant.config(**targets)
+        known = {field.name for field in dataclasses.fields(made)}
+        return dataclasses.replace(made, **{name: value for name, value in changes.items() if name in known})
 
     adapters = []
     for seed, r in enumerate(ranks):

@@ -660,7 +660,7 @@ def test_command_fails_if_nothing_learned(folder: tuple[str, Path], tmp_path: Pa
     [
         ('{"lr": []}', [], "error: The axis 'lr'"),
         ('{"lora_alpa": 3}', [], "Did you mean 'lora_alpha'"),
-        ('{"use_qalora": true}', [], "error: "),
+        ('{"ensure_weight_tying": true}', [], "error: "),
         ('{"target_modules": ["q_prj"]}', [], "Did you mean 'q_proj'"),
         ("{}", [], "must hold fields"),
         (None, ["--length", "5000"], "error: the text fills only 0 windows"),

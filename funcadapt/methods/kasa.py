@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from funcadapt import lora_inits, lora_leaves, lora_view, lowrank
+from funcadapt import lora_inits, lora_view, lowrank
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
@@ -127,13 +127,6 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
     return (merged + lora.delta_weight(layer, left_out)).to(weight.dtype), bias
 
 
-def with_rank(p: Leaf, old: int, r: int) -> Leaf:
-    """Zeros up to rank r in every leaf, or all cut to it."""
-    wide = lora_leaves.with_rank(p, old, r)
-    axes = {DIAGONAL: -1, NOISE_A: int(p[DIAGONAL].ndim > 1), NOISE_B: 1 + int(p[DIAGONAL].ndim > 1)}
-    return {**wide, **{n: lora_leaves.resized(p[n], axis % p[n].ndim, r) for n, axis in axes.items() if n in p}}
-
-
 def check(config: lora.LoraConfig, path: str, p: Leaf) -> None:
     """LoRA's leaves, and a diagonal of the same rank."""
     if DIAGONAL not in p:
@@ -213,7 +206,6 @@ METHOD = register(
         check=check,
         dropout=lora.METHOD.dropout,
         reads=frozenset(),
-        with_rank=with_rank,
         neutral=lora.neutral,
         view=lora.VIEW,
     )

@@ -74,7 +74,6 @@ METHOD = register(
         check=lora.check,
         dropout=lora.METHOD.dropout,
         reads=frozenset(),
-        with_rank=lora.with_rank,
         neutral=lora.neutral,
         grouped=lora.grouped,
         masked=lora.masked,

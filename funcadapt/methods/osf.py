@@ -145,7 +145,7 @@ def _decomposed(
     if draw.abstract:
         return draw.zeros(out, size), draw.zeros(size), draw.zeros(size, columns), high
     u, s, v = linalg.svd(weight().flatten(1).to(torch.float32), full_matrices=False)
-    return draw.cast(u), draw.cast(s), draw.cast(v), high
+    return draw.cast(u).contiguous(), draw.cast(s), draw.cast(v).contiguous(), high
 
 
 def init(site: Site, config: OSFConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
