@@ -184,7 +184,10 @@ def load(
     folder = Path(directory)
     config = read_config(folder)
     tensors, metadata = _read_tensors(folder)
-    method = method_of(config)
+    try:
+        method = method_of(config)
+    except AdapterError as error:  # X-LoRA's, which is several adapters: funcadapt.xlora reads it
+        raise AdapterFileError(f"{folder}: {error}") from error
     try:
         order, known = names_in(metadata, "target_parameters"), names_in(metadata, "buffers")
         params, buffers = decode(tensors, config, method, order, model, known or ())
