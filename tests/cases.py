@@ -236,14 +236,14 @@ def _stands_for_all(case: Case) -> bool:
 
 
 _SOME = ("linear", "conv2d", "experts_linear")
-_ONE_OF_EACH = (*_SOME, "hf_conv1d", "embedding", "mha")
+_ONE_OF_EACH = (*_SOME, "embedding")
 # For the laws of the formula: the first variant on every kind, the others where a formula is written differently.
 CASES = [case for case in CASES if _is_first(case) or _stands_for_all(case) or case.kind.name in _SOME]
 # For the laws of what is derived from the formula. A method that stands for all is there on every kind; the others on
-# one of each, as the rest differs in nothing that a method sees but the shapes, which the laws of the formula have.
+# one of each way of calling a formula, as the rest differs in nothing that a method sees but the shapes.
 FIRST = [c for c in CASES if _is_first(c) and (_stands_for_all(c) or c.kind.name in _ONE_OF_EACH)]
 LAWS = [case for case in CASES if case in FIRST or case.kind.name == "linear"]
-# The engine does the same for every method of one shape: its own laws need one with hooks, and one that reads weights.
+# The engine does the same for every method, so that its own laws need one on every kind.
 REFERENCE = [case for case in FIRST if _stands_for_all(case)]
 # For the laws of the compiler, which are slow.
 SLOW = [case for case in FIRST if case.kind.name == "linear" or case in REFERENCE]

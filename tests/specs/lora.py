@@ -57,5 +57,5 @@ SPECS = {
         {"plain": Parity({"r": 4, "lora_alpha": 6}, ("linear", "hf_conv1d"), training={"lora_dropout": 0.4})},
         reference=True,
     ),
-    "dora": Spec([Variant("plain", config(fa.LoraConfig, r=2, use_dora=True), refused=GROUPED)], dora, reference=True),
+    "dora": Spec([Variant("plain", config(fa.LoraConfig, r=2, use_dora=True), refused=GROUPED)], dora),
 }
