@@ -34,7 +34,7 @@ from benchmarks.common import RESULTS, paired, report, smollm2, summary
 from funcadapt.method import methods as registered
 
 TARGETS = ["q_proj", "v_proj"]
-SHAPE, ROUNDS = (1, 64), 9
+SHAPE, ROUNDS = (1, 64), 5
 STEPS, BATCH, LENGTH, LAYERS = 200, 2, 32, 6
 
 # What to set beside the targets: sizes that divide SmolLM2's 576 and 192 features, and ranks of a size.
@@ -166,13 +166,13 @@ def speed(names: list[str]) -> None:
         }
         with torch.no_grad():
             runs = {"base": lambda: model(ids, labels=ids), "ours": call, "peft": lambda w=wrapped: w(ids, labels=ids)}
-            forward = summary(paired(runs, repeats=ROUNDS, warmup=2), "peft")
+            forward = summary(paired(runs, repeats=ROUNDS, warmup=1), "peft")
         steps = {
             "base": lambda: floor().backward(),
             "ours": lambda mine=mine, call=call: step(call, mine),
             "peft": lambda w=wrapped, their=their: step(lambda: w(ids, labels=ids).loss, their),
         }
-        train = summary(paired(steps, repeats=ROUNDS, warmup=2), "peft")
+        train = summary(paired(steps, repeats=ROUNDS, warmup=1), "peft")
         for what, found in (("forward", forward), ("train", train)):
             row |= {f"{what} ms": found["ours"]["median_ms"], f"{what} peft ms": found["peft"]["median_ms"]}
             row |= {f"{what} base ms": found["base"]["median_ms"], f"{what} / peft": found["ours"]["ratio"]}
