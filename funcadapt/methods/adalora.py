@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from funcadapt import lora_leaves, targets
 from funcadapt.config import freeze
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.methods import lora
@@ -144,9 +145,7 @@ def buffers(config: AdaLoraConfig) -> dict[str, Tensor]:
 
 def init(site: Site, config: AdaLoraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """A and B small, E zero; or all three normal if `init_lora_weights` is false."""
-    if config.lora_dropout and site.kind in ("parameter", "experts"):
-        raise SiteError(f"lora_dropout={config.lora_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set lora_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "lora_dropout", config.lora_dropout)
     r, std = config.init_r, 0.02 if config.init_lora_weights else 1.0
     params = {
         "lora_A": draw.normal(*site.stack, r, math.prod(site.shape[1:]), std=std),
@@ -399,7 +398,7 @@ METHOD = register(
     Method(
         name="adalora",
         config=AdaLoraConfig,
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys={name: name for name in LEAVES},
         init=init,
         inits_experts=True,

@@ -42,9 +42,9 @@ from funcadapt._torch import fork_rng, linalg
 from funcadapt.adapter import TensorTree
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_product
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.delora import KINDS, add_product
 from funcadapt.sites import Site
 
 _SEED, _ROUNDS, _TOLERANCE = 123456789, 10, 1e-4  # PEFT's arguments of KMeans, and its default

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from funcadapt import lora_inits, lowrank
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_variants import asks, check_init, settings
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
@@ -170,7 +171,7 @@ METHOD = register(
         name="bdlora",
         config=lora.LoraConfig,
         when=asks("use_bdlora", check=_check_config),
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys=lora.METHOD.keys,
         init=init,
         after=after,

@@ -22,6 +22,7 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
@@ -98,9 +99,7 @@ METHOD = register(
     Method(
         name="beft",
         config=BeftConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"beft_bias": "beft_bias"},
         init=init,
         after=after,

@@ -31,6 +31,7 @@ from torch import Tensor
 from funcadapt._torch import unflatten
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.methods.oft import cayley, convolved, size_of
@@ -99,9 +100,7 @@ class BOFTConfig(AdapterConfig):
 
 def init(site: Site, config: BOFTConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """Blocks of zeros and scales of one, or normal numbers around them if `init_weights` is false."""
-    if config.boft_dropout and site.kind in ("parameter", "experts"):
-        raise SiteError(f"boft_dropout={config.boft_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set boft_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "boft_dropout", config.boft_dropout)
     size, factors = size_of(site), config.boft_n_butterfly_factor
     given = config.boft_block_size or config.boft_block_num
     if size % given:
@@ -239,9 +238,7 @@ METHOD = register(
     Method(
         name="boft",
         config=BOFTConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"boft_R": "boft_R", "boft_s": "boft_s"},
         init=init,
         inits_experts=True,

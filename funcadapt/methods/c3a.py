@@ -29,9 +29,9 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_weight
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.loha import add_weight
 from funcadapt.sites import Site
 
 fft: Any = torch.fft  # a C extension without types
@@ -152,9 +152,7 @@ METHOD = register(
     Method(
         name="c3a",
         config=C3AConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"c3a_kernel": "c3a_kernel"},
         init=init,
         after=after,

@@ -28,6 +28,7 @@ from torch import Tensor
 from funcadapt._torch import linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
@@ -97,9 +98,7 @@ class DeftConfig(AdapterConfig):
 
 def init(site: Site, config: DeftConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """P random, R so that nothing changes, or random."""
-    if config.deft_dropout and site.kind in ("parameter", "experts"):
-        raise SiteError(f"deft_dropout={config.deft_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set deft_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "deft_dropout", config.deft_dropout)
     if site.groups > 1:
         raise SiteError(f"DEFT on the grouped convolution {site.path!r} would mix outputs that read different inputs.")
     r, columns = min(config.r, site.out_features), math.prod(site.shape[1:])
@@ -174,9 +173,7 @@ METHOD = register(
     Method(
         name="deft",
         config=DeftConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"deft_P": "deft_P", "deft_R": "deft_R"},
         init=init,
         after=after,

@@ -22,17 +22,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt._torch import linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_product, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
 
-KINDS = frozenset({"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"})
 _SMALLEST = 1e-4
 
 
@@ -93,47 +92,9 @@ class DeloraConfig(AdapterConfig):
         return leaves["delora_B"].shape[-1] if "delora_B" in leaves else 0
 
 
-def add_product(layer: Layer, x: Tensor, y: Tensor, a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Y + B (A x + shift) for factors of a layer's weight as a matrix, without that matrix.
-
-    Args:
-        layer: the layer.
-        x: its input.
-        y: its output.
-        a: (n, columns): inputs, or inputs of a group times kernel.
-        b: (out, n).
-        shift: (n), where the bias changes too.
-
-    Returns:
-        Of y's shape and dtype.
-    """
-    site = layer.site
-    if site.kind in ("linear", "hf_conv1d") and x.dim() > 1 and x.dtype == a.dtype:
-        rows = x.reshape(-1, x.shape[-1])
-        h = torch.mm(rows, a.t()) if shift is None else torch.addmm(shift, rows, a.t())
-        if h.dtype == y.dtype:  # else the base layer answered in another dtype, or autocast is on
-            return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.t()).view(y.shape)  # the view: it would broadcast y
-        return (y + F.linear(h, b).view(y.shape)).to(y.dtype)
-    if x.is_floating_point() and x.dtype != a.dtype:
-        x = x.to(a.dtype)
-    spatial, n = site.shape[2:], a.shape[0]
-    a, b = a.reshape(n, *site.shape[1:]), b.reshape(site.out_features, b.shape[1], *(1,) * len(spatial))
-    lead = x.shape[: -len(spatial) - 1]
-    if site.groups > 1:  # every group has the same A: groups become rows, and then channels again
-        x = x.reshape(-1, site.in_features // site.groups, *x.shape[-len(spatial) :])
-    h = layer.linear(x, a)
-    if shift is not None:
-        h = h + shift.reshape(n, *(1,) * len(spatial))
-    if site.groups > 1:
-        h = h.reshape(*lead, site.groups * n, *h.shape[2:])
-    return (y + layer.pointwise(h, b)).to(y.dtype)
-
-
 def init(site: Site, config: DeloraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """A kaiming-uniform, B zero, lambda as the config says, and the norms of W's columns."""
-    if config.module_dropout and site.kind in ("parameter", "experts"):
-        raise SiteError(f"module_dropout={config.module_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set module_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "module_dropout", config.module_dropout)
     r, columns, rows = config.r, math.prod(site.shape[1:]), site.out_features
     a = draw.uniform(r, columns, bound=1 / math.sqrt(columns))
     b = draw.zeros(rows, r) if config.init_weights else draw.uniform(rows, r, bound=1 / math.sqrt(r))

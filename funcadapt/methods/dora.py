@@ -27,6 +27,7 @@ from funcadapt import _torch, lowrank
 from funcadapt._torch import linalg
 from funcadapt.combining import Algebra, Recipe, Spot, sums_to_one
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_variants import asks
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
@@ -160,7 +161,7 @@ METHOD = register(
         name="dora",
         config=lora.LoraConfig,
         when=asks("use_dora"),
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys={**lora.METHOD.keys, "lora_magnitude_vector": "lora_magnitude_vector"},
         init=init,
         inits_experts=True,

@@ -31,10 +31,9 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_weight, is_cheap, matrix, sparse
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.loha import add_weight
-from funcadapt.methods.shira import is_cheap, matrix, sparse
 from funcadapt.sites import Site
 
 fft: Any = torch.fft  # a C extension without types
@@ -208,9 +207,7 @@ METHOD = register(
     Method(
         name="fourierft",
         config=FourierFTConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"fourierft_spectrum": "fourierft_spectrum"},
         init=init,
         derive=derive,

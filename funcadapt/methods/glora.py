@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_weight
 from funcadapt.layer import Layer
 from funcadapt.lora_leaves import neutral, resized
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods import lora
-from funcadapt.methods.loha import add_weight, kaiming
+from funcadapt.methods.loha import kaiming
 from funcadapt.sites import Site
 
 PATHS = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
@@ -224,7 +224,7 @@ METHOD = register(
     Method(
         name="glora",
         config=GloraConfig,
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys={f"{name}.{leaf}": f"{name}.{leaf}" for name in PATHS for leaf in ("Xd", "Xu", "X", "zeros")},
         constants=frozenset(f"{name}.zeros" for name in PATHS),
         init=init,

@@ -28,12 +28,13 @@ from torch import Tensor
 from funcadapt._torch import unflatten
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_weight, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_leaves import describe as describe_lora
 from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.methods import lora
-from funcadapt.methods.loha import add_weight, kaiming
+from funcadapt.methods.loha import kaiming
 from funcadapt.sites import Site
 
 
@@ -103,9 +104,7 @@ def buffers(config: GraloraConfig) -> dict[str, Tensor]:
 
 def init(site: Site, config: GraloraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """A random, B zero unless `init_weights` is false."""
-    if config.gralora_dropout and site.kind in ("parameter", "experts"):
-        raise SiteError(f"gralora_dropout={config.gralora_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set gralora_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "gralora_dropout", config.gralora_dropout)
     k, r, hybrid = config.gralora_k, config.r, config.hybrid_r
     out, inputs = site.out_features, math.prod(site.shape[1:])
     for side, size in (("in", inputs), ("out", out)):
@@ -214,7 +213,7 @@ METHOD = register(
     Method(
         name="gralora",
         config=GraloraConfig,
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys={
             "gralora_A": "gralora_A",
             "gralora_B": "gralora_B",

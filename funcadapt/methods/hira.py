@@ -28,12 +28,11 @@ from torch import Tensor
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_weight, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_leaves import neutral, resized
 from funcadapt.lowrank import has_experts
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods import lora
-from funcadapt.methods.loha import add_weight
 from funcadapt.sites import Site
 
 
@@ -105,9 +104,7 @@ def _shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def init(site: Site, config: HiraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """A and B by `init_weights`."""
-    if config.hira_dropout and site.kind in ("parameter", "experts"):
-        raise SiteError(f"hira_dropout={config.hira_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set hira_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "hira_dropout", config.hira_dropout)
     how = config.init_weights
     a, b = _shapes(site, config.r)
     if site.kind == "embedding":
@@ -192,7 +189,7 @@ METHOD = register(
     Method(
         name="hira",
         config=HiraConfig,
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys={name: name for name in ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")},
         init=init,
         after=after,

@@ -34,6 +34,7 @@ from torch import Tensor
 from funcadapt._torch import linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.methods.oft import convolved
@@ -196,9 +197,7 @@ METHOD = register(
     Method(
         name="hra",
         config=HRAConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"hra_u": "hra_u"},
         init=init,
         before=before,

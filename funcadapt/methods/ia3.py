@@ -25,6 +25,7 @@ from funcadapt import targets
 from funcadapt.combining import Algebra, Recipe, Spot, as_scalar, same_shapes, united
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError, TargetError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
@@ -184,9 +185,7 @@ METHOD = register(
     Method(
         name="ia3",
         config=IA3Config,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"ia3_l": "ia3_l"},
         init=init,
         inits_experts=True,

@@ -28,6 +28,7 @@ from torch import Tensor
 from funcadapt import lora_inits, lora_view, lowrank
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_variants import asks, check_init, settings
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
@@ -195,7 +196,7 @@ METHOD = register(
         name="kasa",
         config=lora.LoraConfig,
         when=asks("kasa_config", check=_check_config),
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys={**lora.METHOD.keys, DIAGONAL: DIAGONAL},
         init=init,
         derive=derive,

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods.delora import KINDS
 from funcadapt.methods.vera import check_leaves
 from funcadapt.sites import Site
 from funcadapt.tying import tie

@@ -33,10 +33,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcadapt._torch import unflatten
 from funcadapt.config import AdapterConfig
 from funcadapt.drawing import _scrambled as scrambled  # pyright: ignore[reportPrivateUsage]
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_weight
 from funcadapt.layer import Layer
 from funcadapt.lora_leaves import describe as describe_lora
 from funcadapt.lora_leaves import neutral, resized
@@ -224,32 +224,6 @@ def as_lora(site: Site, p: Leaf) -> dict[str, Tensor]:
     return {"lora_A": down, "lora_B": up, "scaling": p["scaling"]}
 
 
-def add_weight(layer: Layer, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
-    """The output of the base layer plus that of another weight of its shape, in groups if it has some.
-
-    Args:
-        layer: the layer.
-        x: its input.
-        y: its output.
-        delta: canonical, (out, in / groups, *kernel).
-
-    Returns:
-        The sum, in y's dtype.
-    """
-    site = layer.site
-    if x.is_floating_point() and x.dtype != delta.dtype:
-        x = x.to(delta.dtype)
-    if site.kind in ("linear", "hf_conv1d") and x.dim() > 1 and x.dtype == y.dtype:
-        # one fused product: no temporary of the output's size
-        return torch.addmm(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), delta.t()).view(y.shape)
-    if site.groups == 1:
-        return (y + layer.linear(x, delta)).to(y.dtype)
-    channels = x.dim() - len(site.shape) + 1
-    rows, parts = unflatten(delta, 0, (site.groups, -1)), unflatten(x, channels, (site.groups, -1))
-    out = torch.func.vmap(layer.linear, (channels, 0), channels)(parts, rows)
-    return (y + out.flatten(channels, channels + 1)).to(y.dtype)
-
-
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * ((A1 B1) * (A2 B2)) x, in y's dtype."""
     site, r = layer.site, p["hada_w1_a"].shape[1]
@@ -329,7 +303,7 @@ METHOD = register(
     Method(
         name="loha",
         config=LoHaConfig,
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys={name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
         init=init,
         after=after,

@@ -37,13 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_weight
 from funcadapt.layer import Layer
 from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods import lora
 from funcadapt.methods.loha import (
     LycorisConfig,
-    add_weight,
     buffers,
     core_shape,
     describe,
@@ -239,7 +238,7 @@ METHOD = register(
     Method(
         name="lokr",
         config=LoKrConfig,
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys={
             name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
         },

@@ -28,6 +28,7 @@ from torch import Tensor
 from funcadapt import lora_inits, lowrank
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_inits import residual
 from funcadapt.lora_leaves import buffers, check, describe, layout, neutral, pack, unpack, with_rank
@@ -36,8 +37,6 @@ from funcadapt.lora_view import VIEW
 from funcadapt.lowrank import factors
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of, register
 from funcadapt.sites import Site
-
-KINDS = frozenset({"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,9 +180,7 @@ class LoraConfig(AdapterConfig):
 
 def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """A and B by `init_lora_weights`; `config` holds for this site."""
-    if config.lora_dropout and site.kind in ("parameter", "experts"):
-        raise SiteError(f"lora_dropout={config.lora_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set lora_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "lora_dropout", config.lora_dropout)
     if config.r % site.groups:
         raise SiteError(f"{site.path!r} has {site.groups} groups, which must divide the rank, got r={config.r}.")
     if config.lora_bias and site.kind == "embedding":

@@ -24,6 +24,7 @@ from torch import Tensor
 from funcadapt import lowrank
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.lora_variants import asks
 from funcadapt.method import Draw, Fresh, Method, register
 from funcadapt.methods import lora
@@ -63,7 +64,7 @@ METHOD = register(
         name="mica",
         config=lora.LoraConfig,
         when=asks("init_lora_weights", "mica"),
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys=lora.METHOD.keys,
         init=init,
         constants=frozenset({"lora_B", "lora_embedding_B"}),

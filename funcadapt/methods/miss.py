@@ -26,9 +26,9 @@ from torch import Tensor
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_weight
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.loha import add_weight
 from funcadapt.sites import Site
 
 
@@ -192,9 +192,7 @@ METHOD = register(
     Method(
         name="miss",
         config=MissConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"miss_block": "miss_block"},
         init=init,
         after=after,

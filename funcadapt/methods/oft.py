@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from funcadapt._torch import linalg, unflatten
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
@@ -287,9 +288,7 @@ METHOD = register(
     Method(
         name="oft",
         config=OFTConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"oft_R": "oft_R.weight", "oft_embedding_R": "oft_embedding_R.weight"},
         init=init,
         inits_experts=True,

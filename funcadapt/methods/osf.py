@@ -35,9 +35,9 @@ from funcadapt import targets
 from funcadapt._torch import is_compiling, linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_product
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.delora import KINDS, add_product
 from funcadapt.sites import Site
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from funcadapt._torch import fork_rng, linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.methods.oft import cayley, convolved, skew
@@ -117,9 +118,7 @@ class PsoftConfig(AdapterConfig):
 def init(site: Site, config: PsoftConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """Q zero, or small normal numbers if `init_weights` is false; any matrix near the identity."""
     r, most = config.r, min(site.out_features, math.prod(site.shape[1:]))
-    if config.psoft_dropout and site.kind in ("parameter", "experts"):
-        raise SiteError(f"psoft_dropout={config.psoft_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set psoft_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "psoft_dropout", config.psoft_dropout)
     if r > most:
         raise SiteError(f"`r` ({r}) must be at most {most} at {site.path!r}, whose weight has shape {site.shape}.")
     shape = (r * (r - 1) // 2,) if config.psoft_orth else (r, r)
@@ -246,9 +245,7 @@ METHOD = register(
     Method(
         name="psoft",
         config=PsoftConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={
             "psoft_R": "psoft_R.weight",
             "psoft_vector_b": "psoft_R.vector_b",

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
 from funcadapt.methods import vera
-from funcadapt.methods.delora import KINDS
 from funcadapt.methods.vera import add_scaled, check_config, check_leaves, down, rank_wise, up, widest
 from funcadapt.sites import Site
 

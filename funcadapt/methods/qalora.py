@@ -22,6 +22,7 @@ from torch import Tensor
 
 from funcadapt import lowrank
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_variants import asks, check_init
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
@@ -83,7 +84,7 @@ METHOD = register(
         name="qalora",
         config=lora.LoraConfig,
         when=asks("use_qalora", check=_check_config),
-        kinds=lora.KINDS,
+        kinds=KINDS,
         keys=lora.METHOD.keys,
         init=init,
         inits_experts=True,

@@ -26,6 +26,7 @@ from torch import Tensor
 from funcadapt._torch import unflatten
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
@@ -136,9 +137,7 @@ METHOD = register(
     Method(
         name="road",
         config=RoadConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"road_theta": "road_theta", "road_alpha": "road_alpha"},
         init=init,
         inits_experts=True,

@@ -19,7 +19,6 @@ that PEFT sets on the config: its files load, as they hold the places.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -29,9 +28,9 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_sparse, add_weight, is_cheap, matrix, sparse
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.loha import add_weight
 from funcadapt.sites import Site
 
 
@@ -69,11 +68,6 @@ class ShiraConfig(AdapterConfig):
             raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}.")
 
 
-def matrix(site: Site) -> tuple[int, int]:
-    """The sizes of the weight as a matrix, (out, in)."""
-    return site.out_features, math.prod(site.shape[1:])
-
-
 def init(site: Site, config: ShiraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """`shira_weight`: zeros, or normal numbers if `init_weights` is false; `shira_indices`: a random subset."""
     out, inputs = matrix(site)
@@ -97,23 +91,6 @@ def _entries(p: Leaf) -> tuple[Tensor, Tensor]:
     """Places (2, n) and values (n)."""
     at, values = p["shira_indices"].long(), p["shira_weight"]
     return at, values.reshape(at.shape[1:])
-
-
-def sparse(sizes: tuple[int, int], at: Tensor, values: Tensor) -> Tensor:
-    """A matrix with values (n) at places (2, n), and zeros. A place outside of it raises."""
-    return values.new_zeros(sizes).index_put((at[0], at[1]), values)
-
-
-def is_cheap(sizes: tuple[int, int], n: int, x: Tensor) -> bool:
-    """Whether n entries of a matrix (out, in) are better gathered for each token of x (*batch, in) than put into it."""
-    out, inputs = sizes
-    return n <= 2 * (out + inputs) or 2 * n * (x.numel() // max(1, x.shape[-1])) < out * inputs
-
-
-def add_sparse(y: Tensor, x: Tensor, at: Tensor, values: Tensor) -> Tensor:
-    """Y + S x without the matrix S, in 32 bits at least: the sums have many terms, and are made one by one."""
-    wide = torch.promote_types(torch.promote_types(values.dtype, y.dtype), torch.float32)
-    return y.to(wide).index_add(-1, at[0], x.index_select(-1, at[1]).to(wide) * values.to(wide))
 
 
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
@@ -155,9 +132,7 @@ METHOD = register(
     Method(
         name="shira",
         config=ShiraConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"shira_weight": "shira_weight", "shira_indices": "shira_indices"},
         constants=frozenset({"shira_indices"}),
         init=init,

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_sparse, add_weight, is_cheap, matrix, sparse
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.methods import lora
-from funcadapt.methods.loha import add_weight
-from funcadapt.methods.shira import add_sparse, has_duplicates, is_cheap, matrix, sparse
+from funcadapt.methods.shira import has_duplicates
 from funcadapt.sites import Site
 
 
@@ -206,9 +206,7 @@ METHOD = register(
     Method(
         name="supertuning",
         config=SupertuningConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={
             "supertuning_values": "supertuning_values",
             "supertuning_indices": "supertuning_indices",

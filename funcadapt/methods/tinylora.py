@@ -31,11 +31,11 @@ from torch import Tensor
 from funcadapt._torch import linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_product, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods.delora import KINDS, add_product
 from funcadapt.methods.unilora import add_products
-from funcadapt.methods.vera import check_leaves, columns, refuse_dropout
+from funcadapt.methods.vera import check_leaves
 from funcadapt.sites import Site
 
 _V, _GROUP = "tinylora_v.", "tinylora_group_"

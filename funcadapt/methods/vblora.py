@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, add_product, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods.delora import KINDS, add_product
-from funcadapt.methods.vera import check_config, check_leaves, columns, refuse_dropout
+from funcadapt.methods.vera import check_config, check_leaves
 from funcadapt.sites import Site
 
 BANK = "vblora_vector_bank"

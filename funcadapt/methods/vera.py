@@ -29,9 +29,9 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.forms import KINDS, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods.delora import KINDS
 from funcadapt.sites import Site
 
 
@@ -101,18 +101,6 @@ def check_config(config: Any, rate: float) -> None:
         raise ValueError(f"`bias` must be 'none', 'all' or '{name}_only', got {config.bias!r}.")
     if not 0 <= rate < 1:
         raise ValueError(f"`{name}_dropout` must be in [0, 1), got {rate}.")
-
-
-def refuse_dropout(site: Site, field: str, rate: float) -> None:
-    """Raise SiteError where dropout cannot act."""
-    if rate and site.kind in ("parameter", "experts"):
-        raise SiteError(f"{field}={rate} cannot act at the plain parameter {site.path!r}: it is applied through its "
-                        f"weight. Set {field}=0.")  # fmt: skip
-
-
-def columns(site: Site) -> int:
-    """How many columns the base weight has as a matrix with a row for every output."""
-    return math.prod(site.shape[1:])
 
 
 def widest(sites: Sequence[Site]) -> tuple[int, int]:

@@ -34,11 +34,10 @@ from torch import Tensor
 from funcadapt import targets, wavelets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError, did_you_mean
+from funcadapt.forms import KINDS, add_sparse, add_weight, is_cheap, matrix, sparse
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.methods.fourierft import FOURIER, places
-from funcadapt.methods.loha import add_weight
-from funcadapt.methods.shira import add_sparse, is_cheap, matrix, sparse
 from funcadapt.sites import Site
 
 
@@ -201,9 +200,7 @@ METHOD = register(
     Method(
         name="waveft",
         config=WaveFTConfig,
-        kinds=frozenset(
-            {"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"}
-        ),
+        kinds=KINDS,
         keys={"waveft_spectrum": "waveft_spectrum"},
         init=init,
         derive=derive,

@@ -1,0 +1,117 @@
+"""What the formulas of methods are made of: the weight as a matrix, and updates added to a layer's output.
+
+An update is a product of two thin matrices (`add_product`), a matrix with few entries (`add_sparse`), or a weight like
+the layer's own (`add_weight`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcadapt._torch import unflatten
+from funcadapt.errors import SiteError
+from funcadapt.layer import Layer
+from funcadapt.sites import Site
+
+KINDS = frozenset({"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"})
+"""Every kind of layer: for methods whose formula has a meaning at all of them."""
+
+
+def matrix(site: Site) -> tuple[int, int]:
+    """The sizes of the weight as a matrix, (out, in)."""
+    return site.out_features, math.prod(site.shape[1:])
+
+
+def columns(site: Site) -> int:
+    """How many columns the base weight has as a matrix with a row for every output."""
+    return math.prod(site.shape[1:])
+
+
+def refuse_dropout(site: Site, field: str, rate: float) -> None:
+    """Raise SiteError where dropout cannot act."""
+    if rate and site.kind in ("parameter", "experts"):
+        raise SiteError(f"{field}={rate} cannot act at the plain parameter {site.path!r}: it is applied through its "
+                        f"weight. Set {field}=0.")  # fmt: skip
+
+
+def add_product(layer: Layer, x: Tensor, y: Tensor, a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Y + B (A x + shift) for factors of a layer's weight as a matrix, without that matrix.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        y: its output.
+        a: (n, columns): inputs, or inputs of a group times kernel.
+        b: (out, n).
+        shift: (n), where the bias changes too.
+
+    Returns:
+        Of y's shape and dtype.
+    """
+    site = layer.site
+    if site.kind in ("linear", "hf_conv1d") and x.dim() > 1 and x.dtype == a.dtype:
+        rows = x.reshape(-1, x.shape[-1])
+        h = torch.mm(rows, a.t()) if shift is None else torch.addmm(shift, rows, a.t())
+        if h.dtype == y.dtype:  # else the base layer answered in another dtype, or autocast is on
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.t()).view(y.shape)  # the view: it would broadcast y
+        return (y + F.linear(h, b).view(y.shape)).to(y.dtype)
+    if x.is_floating_point() and x.dtype != a.dtype:
+        x = x.to(a.dtype)
+    spatial, n = site.shape[2:], a.shape[0]
+    a, b = a.reshape(n, *site.shape[1:]), b.reshape(site.out_features, b.shape[1], *(1,) * len(spatial))
+    lead = x.shape[: -len(spatial) - 1]
+    if site.groups > 1:  # every group has the same A: groups become rows, and then channels again
+        x = x.reshape(-1, site.in_features // site.groups, *x.shape[-len(spatial) :])
+    h = layer.linear(x, a)
+    if shift is not None:
+        h = h + shift.reshape(n, *(1,) * len(spatial))
+    if site.groups > 1:
+        h = h.reshape(*lead, site.groups * n, *h.shape[2:])
+    return (y + layer.pointwise(h, b)).to(y.dtype)
+
+
+def add_weight(layer: Layer, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+    """The output of the base layer plus that of another weight of its shape, in groups if it has some.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        y: its output.
+        delta: canonical, (out, in / groups, *kernel).
+
+    Returns:
+        The sum, in y's dtype.
+    """
+    site = layer.site
+    if x.is_floating_point() and x.dtype != delta.dtype:
+        x = x.to(delta.dtype)
+    if site.kind in ("linear", "hf_conv1d") and x.dim() > 1 and x.dtype == y.dtype:
+        # one fused product: no temporary of the output's size
+        return torch.addmm(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), delta.t()).view(y.shape)
+    if site.groups == 1:
+        return (y + layer.linear(x, delta)).to(y.dtype)
+    channels = x.dim() - len(site.shape) + 1
+    rows, parts = unflatten(delta, 0, (site.groups, -1)), unflatten(x, channels, (site.groups, -1))
+    out = torch.func.vmap(layer.linear, (channels, 0), channels)(parts, rows)
+    return (y + out.flatten(channels, channels + 1)).to(y.dtype)
+
+
+def sparse(sizes: tuple[int, int], at: Tensor, values: Tensor) -> Tensor:
+    """A matrix with values (n) at places (2, n), and zeros. A place outside of it raises."""
+    return values.new_zeros(sizes).index_put((at[0], at[1]), values)
+
+
+def is_cheap(sizes: tuple[int, int], n: int, x: Tensor) -> bool:
+    """Whether n entries of a matrix (out, in) are better gathered for each token of x (*batch, in) than put into it."""
+    out, inputs = sizes
+    return n <= 2 * (out + inputs) or 2 * n * (x.numel() // max(1, x.shape[-1])) < out * inputs
+
+
+def add_sparse(y: Tensor, x: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """Y + S x without the matrix S, in 32 bits at least: the sums have many terms, and are made one by one."""
+    wide = torch.promote_types(torch.promote_types(values.dtype, y.dtype), torch.float32)
+    return y.to(wide).index_add(-1, at[0], x.index_select(-1, at[1]).to(wide) * values.to(wide))
