@@ -357,7 +357,9 @@ def _token_indices(config: Any, params: dict[str, dict[str, Tensor]], buffers: d
         by_name: Any = wanted.items() if hasattr(wanted, "items") else [(path, wanted)]
         rows: Any = next((v for k, v in by_name if names_match((k,), path)), None)
         if rows is None and any(
-            torch.equal(params[path][TOKENS], params[other][TOKENS]) for other in paths if other != path
+            torch.equal(params[path][TOKENS], params[other][TOKENS])
+            for other in paths
+            if other != path and other in params
         ):
             del params[path]  # a head that is tied to an embedding: PEFT's `TrainableTokensConfig` saves its rows twice
             continue

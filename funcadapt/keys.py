@@ -27,8 +27,8 @@ from funcadapt.method import Method, StarredKeys
 from funcadapt.sharing import SHARED, Tree
 from funcadapt.targeting import held_in, is_saved, names_match
 
-_ROOT = "base_model."
-PREFIX = f"{_ROOT}model."
+ROOT = "base_model."
+PREFIX = f"{ROOT}model."
 _PACKED = "in_proj_weight"
 _BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -56,7 +56,7 @@ def encode(adapter: Adapter, method: Method) -> tuple[dict[str, Tensor], list[st
             owners.setdefault(path.rpartition(".")[0], []).append(path)
     tensors: dict[str, Tensor] = {}
     in_common = {name: leaf for name, leaf in adapter.params.get(SHARED, {}).items() if name in method.shared}
-    tensors |= {_ROOT + method.shared[name]: leaf for name, leaf in in_common.items()}
+    tensors |= {ROOT + method.shared[name]: leaf for name, leaf in in_common.items()}
     for path in {**adapter.params, **adapter.buffers}:
         leaves = adapter.params.get(path, {})
         if path == SHARED and in_common:
@@ -164,7 +164,7 @@ def decode(
         short = key.removeprefix(PREFIX)
         if key != short and short in tensors:
             raise AdapterFileError(f"{short!r} is there twice, with and without the prefix {PREFIX!r}.")
-        leaf = _shared_leaf(key.removeprefix(_ROOT), in_common) if in_common and key == short else None
+        leaf = _shared_leaf(key.removeprefix(ROOT), in_common) if in_common and key == short else None
         if leaf is None and repeated:
             leaf = repeated.get(short.rpartition(".")[2])
         if leaf is not None:

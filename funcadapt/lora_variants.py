@@ -27,7 +27,7 @@ def asks(field: str, value: Any = None, check: Callable[[Any], None] | None = No
 
     Args:
         field: the field of the config.
-        value: the value that asks for the variant; by default any that counts as true.
+        value: the value that asks for the variant; by default any that counts as true, or is a dict, even an empty one.
         check: raises an error if a config that asks for the variant cannot have it.
 
     Returns:
@@ -35,7 +35,8 @@ def asks(field: str, value: Any = None, check: Callable[[Any], None] | None = No
     """
 
     def when(config: Any) -> bool:
-        return bool(getattr(config, field)) if value is None else getattr(config, field) == value
+        found = getattr(config, field)
+        return bool(found) or isinstance(found, Mapping) if value is None else found == value
 
     when.field, when.check = field, check  # pyright: ignore[reportFunctionMemberAccess]
     return when

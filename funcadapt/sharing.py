@@ -71,16 +71,16 @@ def complete(
     params, buffers = trees
     layers: dict[str, Layer] = {}
 
-    def weight(site: Site) -> Tensor:
+    def given(site: Site) -> Given:
         if site.path not in layers:
             layers[site.path] = Layer(site, model.get_submodule(site.owner), config)
-        return layers[site.path].weight.detach()
+        return Given(layers[site.path])
 
     made: list[str] = []
     if method.share is not None and table:
         draw = draw_of(table[0])
         draw.known = {**params.get(SHARED, {}), **buffers.get(SHARED, {})}
-        shared = method.share(table, config, draw, weight)
+        shared = method.share(table, config, draw, lambda site: given(site)())
         for tree, leaves in ((params, shared.params), (buffers, shared.buffers)):
             there = tree.get(SHARED, {})
             made += [name for name in leaves if name not in there and tree is params]
@@ -97,13 +97,7 @@ def complete(
             without_copies(params, buffers, same=from_file)
     if method.derive is not None:
         for site in table:
-            derived = _derived(
-                method,
-                site,
-                config.at(site.path),
-                draw_of(site),
-                Given(Layer(site, model.get_submodule(site.owner), config)),
-            )
+            derived = _derived(method, site, config.at(site.path), draw_of(site), given(site))
             buffers[site.path] = {**derived, **buffers.get(site.path, {})}
     return made
 

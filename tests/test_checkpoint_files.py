@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from peft_tools import (
     tokens,
     wrap,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import funcadapt as fa
@@ -329,6 +330,32 @@ def test_mixed_ranks_are_described(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("method", ["lora", "loha"])
+def test_a_path_with_which_others_end_is_described(method: str, tmp_path: Path) -> None:
+    """PEFT matches a pattern with the end of a path, so that "q" is "a.q", too."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q = nn.Linear(3, 3)
+            self.a, self.b = (nn.Sequential(OrderedDict(q=nn.Linear(3, 3))) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(self.q(x)))
+
+    fields: dict[str, Any] = {"init_lora_weights": False} if method == "lora" else {"init_weights": False}
+    cls = fa.LoraConfig if method == "lora" else fa.LoHaConfig
+    adapter = fa.init(Model(), cls(r=2, target_modules=["q"], **fields))
+    swept = adapter.replace(buffers={**adapter.buffers, "q": {"scaling": torch.tensor(0.3)}})
+    fa.save(swept, tmp_path)
+    back, x = fa.load(tmp_path, model=Model()), torch.randn(2, 3)
+    assert {path: float(b["scaling"]) for path, b in back.buffers.items()} == {
+        path: float(b["scaling"]) for path, b in swept.buffers.items()
+    }
+    torch.testing.assert_close(peft_load(Model(), tmp_path)(x), fa.functional_call(Model(), swept, (x,)))
+
+
 def test_the_order_of_patterns_survives(tmp_path: Path) -> None:
     """The first match wins, so PEFT's sorted JSON changes what a config means; PEFT then cannot load its own file."""
     fields = {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4, r".*layers\.0\..*": 2}}
@@ -551,3 +578,15 @@ def test_a_failed_save_leaves_the_old_checkpoint(
 
 def test_files_are_readable_by_others(saved: Path) -> None:
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in saved.iterdir())
+
+
+def test_a_file_that_repeats_the_rows_of_two_tied_heads(tmp_path: Path) -> None:
+    """A file of PEFT holds the rows of what is tied to the embedding again, as often as it is tied."""
+    model = tiny("llama_tied")
+    adapter = fa.init(model, fa.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2]))
+    fa.save(adapter, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    ((key, rows),) = tensors.items()
+    again = {key.replace("model.embed_tokens", name): rows.clone() for name in ("a_head", "lm_head")}
+    save_file({**tensors, **again}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    same_adapters(fa.load(tmp_path), adapter)

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from funcadapt._torch import named_modules
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, did_you_mean
-from funcadapt.keys import PREFIX
+from funcadapt.keys import PREFIX, ROOT
 from funcadapt.method import Leaf
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
 from funcadapt.view.holding import Address
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.walking import view_state
-
-_ROOT = "base_model."
 
 # names that torch's wrappers put into the paths of modules, but not into the keys of a state dict
 _SHARDING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -84,7 +82,7 @@ class Entries:
                 keys |= shared if method.repeated else {}
                 self.own.append(Own(layer, path, {k: (join(path, saved), at) for k, (saved, at) in keys.items()}))
                 if shared and not self.shared:
-                    root = _ROOT if path.startswith(PREFIX) else ""
+                    root = ROOT if path.startswith(PREFIX) else ""
                     self.shared = {leaf: (root + saved, at) for leaf, (saved, at) in shared.items()}
 
     def layer_places(self) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError
-from funcadapt.keys import PREFIX
+from funcadapt.keys import PREFIX, ROOT
 from funcadapt.method import Draw, method_of
 from funcadapt.sharing import SHARED, complete
 from funcadapt.sites import Site, device_of
@@ -163,7 +163,7 @@ def _restored(
         made = method.restore(config, own.layer.site.path, leaves) if leaves else leaves
         found |= {own.keys[leaf][0]: value for leaf, value in made.items()}
     shared = {leaf: key for leaf, (key, _) in entries.shared.items()}
-    leaves = take_out(shared, "base_model.")
+    leaves = take_out(shared, ROOT)
     for own in entries.own if method.repeated else ():
         leaves = {**take_out({leaf: own.keys[leaf][0] for leaf in shared}), **leaves}
     lacking = [leaf for leaf in shared if leaf not in leaves and method.is_constant(leaf)]
@@ -182,8 +182,8 @@ def _load_map(entries: Entries, name: str, held: Mapping[str, Any], tensors: Map
             found[without_name(key, name, places)] = key
     for own in entries.own:
         found.update({saved: key for saved, key in own.keys.values() if key in held})
-    found.update({saved.removeprefix("base_model."): key for saved, key in entries.shared.values()})
-    found.update({f"base_model.{saved.removeprefix('base_model.')}": key for saved, key in entries.shared.values()})
+    found.update({saved.removeprefix(ROOT): key for saved, key in entries.shared.values()})
+    found.update({ROOT + saved.removeprefix(ROOT): key for saved, key in entries.shared.values()})
     for key in list(found):
         if not found[key].startswith(PREFIX):
             found[PREFIX + key] = found[key]

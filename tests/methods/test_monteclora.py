@@ -16,6 +16,7 @@ from torch.func import grad
 
 import funcadapt as fa
 import funcadapt.peft as shim
+from funcadapt.method import method_of
 from funcadapt.methods import monteclora as mc
 
 GIVEN: dict[str, Any] = {"num_samples": 4, "sample_scaler": 0.5, "kl_loss_weight": 0.2, "buffer_size": 3}
@@ -157,6 +158,15 @@ def test_the_mixin_of_a_trainer() -> None:
     assert outputs.shape == (3, 2, 5)
     wrapped.eval()
     torch.testing.assert_close(Mixed().compute_loss(wrapped, {"x": x}), wrapped(x).sum())
+
+
+@pytest.mark.parametrize("name", ["monteclora", "velora", "kasa"])
+def test_an_empty_dict_asks_for_the_variant_with_its_defaults(name: str) -> None:
+    """As in PEFT; it was a plain LoRA."""
+    config = fa.LoraConfig(target_modules=["0"], **{f"{name}_config": {}})
+    assert method_of(config).name == name
+    built = peft.LoraConfig(**{f"{name}_config": {}})
+    assert getattr(built, f"{name}_config") is not None
 
 
 def test_errors() -> None:
