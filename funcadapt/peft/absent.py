@@ -113,7 +113,7 @@ _OTHERS: dict[str, tuple[str, ...]] = {
     "lokr": ("factorization",),
     "lora": ("GPTQLoraLinear",),
     "adalora": ("RankAllocator", "SVDConv2d", "SVDLinear", "SVDQuantLinear"),
-    "shadow": ("DetachedShadowModel", "ShadowCache", "ShadowCarrier"),
+    "shadow": ("ShadowCache", "ShadowCarrier"),
 }
 
 # enumerations that are arguments of prompt learning's configs, by package

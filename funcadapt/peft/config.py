@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from funcadapt import shadow as shadow  # registers its config
 from funcadapt.config import AdapterConfig, thaw
 from funcadapt.peft import lora_parts
 from funcadapt.peft.hub import HubMixin, hub_arguments, local_or_downloaded

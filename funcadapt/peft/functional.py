@@ -111,7 +111,7 @@ def inject_adapter_in_model(
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"Expected a PeftConfig such as LoraConfig(...), got {type(peft_config).__name__}.")
-    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt or type(peft_config).__name__ == "ShadowConfig":
         raise ValueError("`create_and_replace` does not support prompt learning, adaption prompt and shadow yet.")
     if peft_config.peft_type is None or peft_config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise ValueError(

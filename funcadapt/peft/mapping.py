@@ -62,7 +62,11 @@ def _configs() -> dict[str, Callable[[], type[Any]]]:
 
 def _tuners() -> dict[str, Callable[[], type[Any]]]:
     found = {name: lambda package=package: _tuner(package) for name, (package, _) in _packages().items()}
-    return {**found, "XLORA": lambda: import_module("funcadapt.peft.xlora_model").XLoraModel}
+    return {
+        "XLORA": lambda: import_module("funcadapt.peft.xlora_model").XLoraModel,
+        "SHADOW": lambda: import_module("funcadapt.peft.shadow_model").ShadowModel,
+        **found,
+    }
 
 
 def _tuner(package: str) -> type[Any]:

@@ -91,9 +91,9 @@ def status_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         The path and the layer.
     """
     for name, module in named_modules(model):
-        if isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper) and not isinstance(
-            module, TrainableTokensWrapper
-        ):
+        # a block of Shadow's is no layer with a weight
+        told = isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper) or type(module).__name__ == "ShadowLayer"
+        if told and not isinstance(module, TrainableTokensWrapper):
             yield name, module
 
 

@@ -113,6 +113,8 @@ def _of_package(package: str, registered: tuple[Method, ...]) -> Table:
         table |= at(".data_inits", "CordaEigens", "preprocess_corda", "preprocess_loraga")
     if package == "xlora":
         table |= at(".xlora_model", "XLoraModel")
+    if package == "shadow":
+        table |= at(".shadow_model", "ShadowModel", "ShadowLayer", "DetachedShadowModel")
     if package == "trainable_tokens":
         table |= at("funcadapt.view.auxiliary", "TrainableTokensLayer")
     for method in (m for m in registered if view_of(m).package == package):

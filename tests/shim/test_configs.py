@@ -447,7 +447,7 @@ def test_mappings() -> None:
 
 def test_a_method_that_is_registered_later_wins() -> None:
     """No file of the shim changes for a new method."""
-    stand_in = shim.ShadowConfig
+    before, held = shim.ShadowConfig, _configs["SHADOW"]
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class ShadowConfig(fa.AdapterConfig):
@@ -462,7 +462,7 @@ def test_a_method_that_is_registered_later_wins() -> None:
     changes = {"grouped": None, "masked": None, "view": None, "keys": {"lora_A": "shadow_R"}}
     fa.register(dataclasses.replace(lora, name="shadow", config=ShadowConfig, **changes))
     try:
-        assert shim.ShadowConfig is not stand_in
+        assert shim.ShadowConfig is not before
         config = shim.ShadowConfig(shadow_block_size=8, target_modules=["q"])
         assert (config.target_modules, config.names, config.peft_type) == ({"q"}, ["a"], shim.PeftType.SHADOW)
         expected = ShadowConfig(shadow_block_size=8, target_modules=("q",), peft_version="0.21.2")
@@ -473,8 +473,8 @@ def test_a_method_that_is_registered_later_wins() -> None:
         assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING["SHADOW"] == "shadow_"
     finally:
         unregister("shadow")
-        del _configs["SHADOW"]
-    assert shim.ShadowConfig is stand_in
+        _configs["SHADOW"] = held
+    assert shim.ShadowConfig is before
 
 
 def test_no_warning_by_default() -> None:

@@ -126,11 +126,12 @@ def test_base_tuner_layer() -> None:
 
 
 def test_stand_ins() -> None:
-    from funcadapt.peft.tuners.shadow import ShadowLayer, ShadowModel
+    from funcadapt.peft.tuners.shadow import ShadowCarrier
 
-    assert not isinstance(nn.Linear(1, 1), ShadowLayer)
-    assert ShadowLayer.adapter_layer_names == ()
-    for use in (ShadowModel, ShadowLayer, shim.tuners.lora.GPTQLoraLinear):
+    layer = absent.stand_in("SomeLayer", "shadow", adapter_layer_names=())
+    assert not isinstance(nn.Linear(1, 1), ShadowCarrier)
+    assert layer.adapter_layer_names == ()
+    for use in (ShadowCarrier, layer, shim.tuners.lora.GPTQLoraLinear):
         with pytest.raises(NotImplementedError, match=f"^{use.__name__} is not implemented"):
             use(nn.Linear(1, 1), adapter_name="a")
     for use in (shim.PromptEmbedding, shim.compose_cartridge_adapters, shim.AdaptionPromptModel):

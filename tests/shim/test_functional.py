@@ -176,7 +176,7 @@ def test_configs_that_are_refused() -> None:
     for package in (peft, shim):
         with pytest.raises(ValueError, match="`inject_adapter_in_model` does not support"):
             package.inject_adapter_in_model(
-                package.PeftConfig(peft_type="SHADOW" if package is shim else "NONE"), model
+                package.PeftConfig(peft_type="PROMPT_TUNING" if package is shim else "NONE"), model
             )
     assert not hasattr(model, "peft_config")
 

@@ -92,6 +92,8 @@ def get_peft_model_state_dict(
     config = config_of(model, adapter_name)
     if config.peft_type == "XLORA":
         return model.base_model.own_state_dict()
+    if config.peft_type == "SHADOW":
+        return model.base_model.own_state_dict(adapter_name)
     found = adapter_state_dict(
         model, adapter_name, state_dict, save_embedding_layers, config=config.to_funcadapt(), lookup=_vocabulary
     )
@@ -165,6 +167,8 @@ def set_peft_model_state_dict(
     config = config_of(model, adapter_name)
     if config.peft_type == "XLORA":
         return model.base_model.load_own_state_dict(peft_model_state_dict)
+    if config.peft_type == "SHADOW":
+        return model.base_model.load_own_state_dict(peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
     tensors = dict(peft_model_state_dict)
     return load_adapter_state_dict(
         model,
