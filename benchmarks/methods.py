@@ -83,7 +83,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mica": ("LoraConfig", {"r": 8, "init_lora_weights": "mica"}),
     "velora": ("LoraConfig", {"r": 8, "velora_config": {}}),
     "monteclora": ("LoraConfig", {"r": 8, "monteclora_config": {}}),
+    "poly": ("PolyConfig", {"r": 8, "n_tasks": 4, "task_type": "CAUSAL_LM"}),
+    "alora": ("LoraConfig", {"r": 8, "alora_invocation_tokens": [7], "task_type": "CAUSAL_LM"}),
 }
+# What methods need of every call, for one row: the task; how many of the last tokens the adapter acts on.
+INPUTS = {"poly": {"task_ids": torch.tensor([1])}, "alora": {"alora_offsets": torch.tensor([32])}}
 
 
 def fields_of(name: str) -> dict[str, Any]:
@@ -119,9 +123,10 @@ def saved_bytes(run: Callable[[], torch.Tensor], ignore: set[int]) -> int:
     seen: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in ignore:
-            seen[storage.data_ptr()] = storage.nbytes()
+        for part in (t.coalesce().indices(), t.coalesce().values()) if t.is_sparse else (t,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in ignore:
+                seen[storage.data_ptr()] = storage.nbytes()
         kept.append(t)  # so that no address is used twice
         return t
 
@@ -129,6 +134,13 @@ def saved_bytes(run: Callable[[], torch.Tensor], ignore: set[int]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()
     return sum(seen.values())
+
+
+def others(part: str, names: list[str]) -> list[dict[str, Any]]:
+    """The results of an earlier run for the methods that this one leaves out."""
+    path = RESULTS / f"methods_{part}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["method"] in CONFIGS and row["method"] not in names]
 
 
 def speed(names: list[str]) -> None:
@@ -143,14 +155,21 @@ def speed(names: list[str]) -> None:
         return model(inputs_embeds=x, labels=ids).loss
 
     bare = saved_bytes(floor, weights)
-    rows: list[dict[str, Any]] = []
+    rows = others("speed", names)
     for name in names:
         start, base = ours(name, model)
         adapter = trained(start)
         wrapped = theirs(name, model).train()
 
-        def call(adapter: fa.Adapter = adapter, base: Any = base) -> torch.Tensor:
-            return fa.functional_call(model, adapter, (ids,), {"labels": ids}, parameters=base).loss
+        given = INPUTS.get(name, {})
+
+        def call(adapter: fa.Adapter = adapter, base: Any = base, given: Any = given) -> torch.Tensor:
+            return fa.functional_call(model, adapter, (ids,), {"labels": ids}, parameters=base, inputs=given).loss
+
+        def peft_call(wrapped: Any = wrapped, given: Any = given) -> torch.Tensor:
+            return wrapped(
+                ids, labels=ids, **{k: v.tolist() if k == "alora_offsets" else v for k, v in given.items()}
+            ).loss
 
         def step(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
             for leaf in leaves:
@@ -165,12 +184,12 @@ def speed(names: list[str]) -> None:
             "peft parameters": sum(p.numel() for p in their),
         }
         with torch.no_grad():
-            runs = {"base": lambda: model(ids, labels=ids), "ours": call, "peft": lambda w=wrapped: w(ids, labels=ids)}
+            runs = {"base": lambda: model(ids, labels=ids), "ours": call, "peft": peft_call}
             forward = summary(paired(runs, repeats=ROUNDS, warmup=1), "peft")
         steps = {
             "base": lambda: floor().backward(),
             "ours": lambda mine=mine, call=call: step(call, mine),
-            "peft": lambda w=wrapped, their=their: step(lambda: w(ids, labels=ids).loss, their),
+            "peft": lambda peft_call=peft_call, their=their: step(peft_call, their),
         }
         train = summary(paired(steps, repeats=ROUNDS, warmup=1), "peft")
         for what, found in (("forward", forward), ("train", train)):
@@ -180,11 +199,9 @@ def speed(names: list[str]) -> None:
         own = weights | {t.untyped_storage().data_ptr() for t in adapter.tensors()}
         theirs_own = {t.untyped_storage().data_ptr() for t in (*wrapped.parameters(), *wrapped.buffers())}
         row["saved MB"] = round((saved_bytes(call, own) - bare) / 2**20, 2)
-        row["peft saved MB"] = round(
-            (saved_bytes(lambda w=wrapped: w(ids, labels=ids).loss, theirs_own) - bare) / 2**20, 2
-        )
+        row["peft saved MB"] = round((saved_bytes(peft_call, theirs_own) - bare) / 2**20, 2)
         rows.append(row)
-        del wrapped, adapter, their, mine, steps, runs
+        del wrapped, adapter, their, mine, steps, runs, call, peft_call
         gc.collect()
         columns = ["method", "parameters", "forward / peft", "train / peft", "saved MB", "peft saved MB"]
         report("methods_speed", rows, columns)  # after each: a run that is cut off has what it has
@@ -197,6 +214,14 @@ def text(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor(tokenizer("\n\n".join(topics[key] for key in sorted(topics)))["input_ids"])
     cut = len(ids) * 9 // 10
     return ids[:cut], ids[cut:]
+
+
+def every(name: str, rows: int) -> dict[str, torch.Tensor]:
+    """A method's inputs for rows that are all of one task, on all of whose tokens the adapter acts."""
+    return {
+        key: t.expand(rows) if key == "task_ids" else torch.full((rows,), 10**6)
+        for key, t in INPUTS.get(name, {}).items()
+    }
 
 
 def quality(names: list[str]) -> None:
@@ -212,9 +237,7 @@ def quality(names: list[str]) -> None:
     starts = torch.randint(len(train) - LENGTH, (STEPS, BATCH), generator=generator)
     batches = [torch.stack([train[s : s + LENGTH] for s in row.tolist()]) for row in starts]
     held = test[: 16 * 128].reshape(16, 128)
-    path = RESULTS / "methods_quality.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in rows if row["method"] not in names]
+    rows = others("quality", names)
     with torch.no_grad():
         before = model(held, labels=held).loss.item()
     for name in names:
@@ -227,12 +250,16 @@ def quality(names: list[str]) -> None:
             optimiser = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
             for ids in batches:
                 optimiser.zero_grad()
-                loss = fa.functional_call(model, adapter, (ids,), {"labels": ids}, parameters=base).loss
+                loss = fa.functional_call(
+                    model, adapter, (ids,), {"labels": ids}, parameters=base, inputs=every(name, len(ids))
+                ).loss
                 loss.backward()
                 optimiser.step()
             model.eval()
             with torch.no_grad():
-                loss = fa.functional_call(model, adapter, (held,), {"labels": held}, parameters=base).loss.item()
+                loss = fa.functional_call(
+                    model, adapter, (held,), {"labels": held}, parameters=base, inputs=every(name, len(held))
+                ).loss.item()
             model.train()
             if not best or loss < best["loss"]:
                 best = {"method": name, "parameters": start.num_parameters(), "loss": round(loss, 4), "rate": rate}

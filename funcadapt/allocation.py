@@ -22,16 +22,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcadapt._torch import linalg, values_unknown
+from funcadapt.adalora_leaves import LEAVES, cut, layout, mask_of, masks_of
 from funcadapt.adapter import Adapter, TensorTree
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import Leaf
-from funcadapt.methods import adalora
+
+if TYPE_CHECKING:
+    from funcadapt.methods.adalora import AdaLoraConfig
 
 
 class RankState(NamedTuple):
@@ -48,7 +51,7 @@ class RankState(NamedTuple):
     mask: Mapping[str, Tensor]
 
 
-def start(config: adalora.AdaLoraConfig, params: TensorTree) -> RankState:
+def start(config: AdaLoraConfig, params: TensorTree) -> RankState:
     """The state before the first step.
 
     Args:
@@ -60,18 +63,18 @@ def start(config: adalora.AdaLoraConfig, params: TensorTree) -> RankState:
     """
 
     def zeros() -> TensorTree:
-        return {path: {k: torch.zeros_like(_wide(p[k])) for k in adalora.LEAVES} for path, p in own(params).items()}
+        return {path: {k: torch.zeros_like(_wide(p[k])) for k in LEAVES} for path, p in own(params).items()}
 
     masks: dict[str, Tensor] = {}
     for path, p in own(params).items():
-        e, mask = p["lora_E"], adalora.mask_of(config, path)
+        e, mask = p["lora_E"], mask_of(config, path)
         masks[path] = torch.ones(e.shape[:-1], dtype=torch.bool, device=e.device)
         if mask is not None and len(mask) == e.numel():
             masks[path] = torch.tensor(mask, device=e.device).reshape(e.shape[:-1])
     return RankState(zeros(), zeros(), masks)
 
 
-def budget(config: adalora.AdaLoraConfig, step: int, initial: int, final: int) -> tuple[int, bool]:
+def budget(config: AdaLoraConfig, step: int, initial: int, final: int) -> tuple[int, bool]:
     """How many triplets there may be after a step: first all, then less and less by a cubic curve, then the target.
 
         final + (initial - final) (1 - (step - tinit) / (total_step - tfinal - tinit))^3
@@ -101,7 +104,7 @@ def budget(config: adalora.AdaLoraConfig, step: int, initial: int, final: int) -
 
 
 def importance(
-    config: adalora.AdaLoraConfig,
+    config: AdaLoraConfig,
     state: RankState,
     params: TensorTree,
     grads: Mapping[str, Mapping[str, Tensor | None]],
@@ -123,7 +126,7 @@ def importance(
     uncertainty: dict[str, dict[str, Tensor]] = {}
     for path, p in own(params).items():
         s, u = sensitivity.setdefault(path, {}), uncertainty.setdefault(path, {})
-        for name in adalora.LEAVES:
+        for name in LEAVES:
             wide, g = _wide(p[name]), grads.get(path, {}).get(name)
             here = torch.zeros_like(wide) if g is None else (wide * _wide(g)).abs()
             s[name] = config.beta1 * state.sensitivity[path][name] + (1 - config.beta1) * here
@@ -142,7 +145,7 @@ def scores(state: RankState) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for path, s in state.sensitivity.items():
-        a, e, b = (s[name] * state.uncertainty[path][name] for name in adalora.LEAVES)
+        a, e, b = (s[name] * state.uncertainty[path][name] for name in LEAVES)
         found[path] = e.squeeze(-1) + (a.mean(-1) + b.mean(-2))
     return found
 
@@ -170,7 +173,7 @@ def threshold(found: Mapping[str, Tensor], count: int) -> Tensor:
 
 
 def update(
-    config: adalora.AdaLoraConfig,
+    config: AdaLoraConfig,
     state: RankState,
     params: TensorTree,
     grads: Mapping[str, Mapping[str, Tensor | None]],
@@ -240,7 +243,7 @@ def allocate(adapter: Adapter, grads: Any, state: RankState, step: int) -> tuple
 
 
 def _step(
-    config: adalora.AdaLoraConfig, state: RankState, params: TensorTree, grads: Any, step: int
+    config: AdaLoraConfig, state: RankState, params: TensorTree, grads: Any, step: int
 ) -> tuple[dict[str, Tensor], RankState, bool]:
     """The new E of each site, the new state, and whether ranks were allocated."""
     last = _last(config)
@@ -299,13 +302,13 @@ def prune(adapter: Adapter, pattern: Mapping[str, Sequence[bool]]) -> Adapter:
         AdapterError: if the pattern has an unknown site, or another number of triplets than that has.
     """
     config: Any = adapter.config
-    params, masks = dict(adapter.params), adalora.masks(config, adapter.params)
+    params, masks = dict(adapter.params), masks_of(config, adapter.params)
     for name, mask in pattern.items():
         path, kept = name.rpartition(".lora_E")[0], tuple(map(bool, mask))
         if path not in own(adapter.params):
             raise AdapterError(f"rank_pattern has {name!r}, which the adapter does not."
                                + did_you_mean(name, (f"{p}.lora_E" for p in own(adapter.params))))  # fmt: skip
-        p, before = adapter.params[path], adalora.mask_of(config, path)
+        p, before = adapter.params[path], mask_of(config, path)
         e, whole = p["lora_E"], kept
         if before is not None and sum(before) == len(kept) < len(before):  # pruned already: of the rows that are left
             rest = iter(kept)
@@ -317,11 +320,11 @@ def prune(adapter: Adapter, pattern: Mapping[str, Sequence[bool]]) -> Adapter:
             zero = torch.tensor(kept, device=e.device).reshape(e.shape)
             params[path] = {**p, "lora_E": torch.where(zero, e, 0)}
         else:
-            params[path] = adalora.layout(adalora.cut(p, kept))
+            params[path] = layout(cut(p, kept))
     return adapter.replace(params=params, config=dataclasses.replace(config, rank_pattern=masks))
 
 
-def orthogonality(config: adalora.AdaLoraConfig, params: TensorTree) -> Tensor:
+def orthogonality(config: AdaLoraConfig, params: TensorTree) -> Tensor:
     """What is added to the loss so that A and B stay near the factors of an SVD.
 
         orth_reg_weight * mean over all A and B of |A A^T - I|, |B^T B - I|        Frobenius norms
@@ -354,7 +357,7 @@ def _wide(t: Tensor) -> Tensor:
     return t.detach().to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _last(config: adalora.AdaLoraConfig) -> int:
+def _last(config: AdaLoraConfig) -> int:
     """The step at which the ranks become final."""
     assert config.total_step is not None  # the config has checked
     return config.total_step - config.tfinal

@@ -69,9 +69,7 @@ class Hooked:
             return self._many(level.rows, x, args, kwargs)
         if level.w is not None:
             return self._weighted(x, args, kwargs, _single)
-        method, p = level.method, level.p
-        y = self.base(x if method.before is None else method.before(layer, p, x), *args, **kwargs)
-        return y if method.after is None else method.after(layer, p, x, y)
+        return single(self.base, level, layer, x, args, kwargs)
 
     def _weighted(self, x: Any, args: Any, kwargs: Any, run: Callable[..., Tensor]) -> Any:
         level, layer = self.level, self.layer
@@ -123,6 +121,37 @@ class Hooked:
                 return layer.weight, layer.bias
             return dense(one, layer, layer.weight, layer.bias)
         return dense(level, layer, layer.weight, layer.bias)
+
+
+def single(base: Forward, level: Level, layer: Layer, x: Any, args: Any, kwargs: Any) -> Any:
+    """One adapter, all of it, around a forward: its hooks, or the dense form where that is faster."""
+    method, p = level.method, level.p
+    alone = not args and not kwargs
+    if method.folds is not None and alone and _plain(base, level, layer, x) and method.folds(layer, p, x):
+        return layer.apply(x, *method.weight(layer, p, layer.weight, layer.bias))
+    y = base(x if method.before is None else method.before(layer, p, x), *args, **kwargs)
+    return y if method.after is None else method.after(layer, p, x, y)
+
+
+def _plain(base: Forward, level: Level, layer: Layer, x: Any) -> bool:
+    """Whether `Layer.apply` is what a forward computes, as exactly: that of a plain layer with nothing around it."""
+    site, dtype = layer.site, x.dtype
+    module: Any = layer.module
+    if base is module:  # the hooks that it may have are for a call of it
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+            return False
+    elif getattr(base, "__self__", None) is not module:
+        return False  # another adapter, or a wrapper that brings the weight from somewhere
+    weight: Any = module._parameters.get(site.parameter)
+    return (
+        layer.is_plain
+        and type(weight) in (Tensor, nn.Parameter)  # none that is quantised or distributed
+        and layer.canonical(weight).shape == site.shape
+        and dtype == weight.dtype
+        and dtype.itemsize >= 4  # in fewer bits, an update that is small beside the weight would be rounded away
+        and all(leaf.dtype == dtype for leaf in level.p.values() if leaf.is_floating_point())
+        and not (module.training and level.method.dropout(level.config))
+    )
 
 
 def _single(hook: Callable[..., Tensor], level: Level, layer: Layer, *tensors: Tensor) -> Tensor:

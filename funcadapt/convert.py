@@ -36,7 +36,7 @@ from funcadapt.merge import _join, merge
 from funcadapt.method import method_of
 from funcadapt.methods import lora
 from funcadapt.methods.lora import LoraConfig
-from funcadapt.retargeting import aimed_at, carried, named, selected, told_by, without
+from funcadapt.retargeting import aimed_at, carried, named, selected, without
 from funcadapt.sites import Site, tied_names
 from funcadapt.targeting import sites
 
@@ -263,7 +263,7 @@ def _assembled(
             put(site, _nothing(site, config))
     order = [site.path for site in table if site.path in params]
     params = {path: params[path] for path in order}
-    config = told_by(config, {path: {**params[path], **buffers[path]} for path in order})
+    config = lora_leaves.describe(config, {path: {**params[path], **buffers[path]} for path in order})
     for tree, whole in zip((params, buffers), held, strict=True):
         for path, leaves in whole.items():
             tree.setdefault(path, {}).update(leaves)

@@ -76,7 +76,7 @@ class Installed(Hooked):
         if self.check and not torch.is_grad_enabled() and _torch.in_reentrant_checkpoint():
             raise RuntimeError(_REENTRANT)
         level = self.level
-        if level.w is not None or level.rows is not None or x is None:
+        if level.w is not None or level.rows is not None or level.method.folds is not None or x is None:
             return super().__call__(x, *args, **kwargs)
         # the usual case once more, as a call of the parent's costs a tenth of what the engine may cost
         method, layer, p = level.method, self.layer, level.p

@@ -7,6 +7,7 @@ the layer's own (`add_weight`).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from funcadapt._torch import unflatten
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
+from funcadapt.method import Draw
 from funcadapt.sites import Site
 
 KINDS = frozenset({"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "mha", "parameter", "experts"})
@@ -29,6 +31,11 @@ def matrix(site: Site) -> tuple[int, int]:
 def columns(site: Site) -> int:
     """How many columns the base weight has as a matrix with a row for every output."""
     return math.prod(site.shape[1:])
+
+
+def kaiming(draw: Draw, *shape: int) -> Tensor:
+    """PEFT's `kaiming_uniform_(a=sqrt(5))`: uniform, bounded by one over the root of the inputs."""
+    return draw.uniform(*shape, bound=1 / math.sqrt(math.prod(shape[1:])))
 
 
 def refuse_dropout(site: Site, field: str, rate: float) -> None:
@@ -74,6 +81,26 @@ def add_product(layer: Layer, x: Tensor, y: Tensor, a: Tensor, b: Tensor, shift:
     return (y + layer.pointwise(h, b)).to(y.dtype)
 
 
+def add_products(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Any:
+    """Y + (B A) x for N adapters at once at a linear layer, without a temporary of the output's size.
+
+    Args:
+        x: (N * rows, ..., in).
+        y: (N * rows, ..., out).
+        a: (N, r, in).
+        b: (N, out, r).
+
+    Returns:
+        Of y's shape; NotImplemented if the dtypes differ.
+    """
+    same = a.dtype == b.dtype == x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type)
+    if not same:
+        return NotImplemented
+    n, width = a.shape[0], x.shape[-1]
+    h = torch.bmm(x.reshape(n, -1 if x.numel() else 0, width), a.transpose(1, 2))
+    return torch.baddbmm(y.reshape(n, h.shape[1], y.shape[-1]), h, b.transpose(1, 2)).view(y.shape)
+
+
 def add_weight(layer: Layer, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
     """The output of the base layer plus that of another weight of its shape, in groups if it has some.
 
@@ -101,17 +128,44 @@ def add_weight(layer: Layer, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
 
 
 def sparse(sizes: tuple[int, int], at: Tensor, values: Tensor) -> Tensor:
-    """A matrix with values (n) at places (2, n), and zeros. A place outside of it raises."""
-    return values.new_zeros(sizes).index_put((at[0], at[1]), values)
+    """A matrix with values (n) at places (2, n), and zeros."""
+    return add_entries(values.new_zeros(sizes), flat(sizes, at), values)
 
 
-def is_cheap(sizes: tuple[int, int], n: int, x: Tensor) -> bool:
-    """Whether n entries of a matrix (out, in) are better gathered for each token of x (*batch, in) than put into it."""
+def flat(sizes: tuple[int, int], at: Tensor) -> Tensor:
+    """Places (2, n) of a matrix (out, in) as numbers; what is in no column becomes a place outside of the matrix."""
     out, inputs = sizes
-    return n <= 2 * (out + inputs) or 2 * n * (x.numel() // max(1, x.shape[-1])) < out * inputs
+    rows, columns = at
+    return torch.where(columns < inputs, rows * inputs + columns, out * inputs)
+
+
+def add_entries(weight: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """A weight with values (n) added at places (n) of all its numbers. A place outside of it raises."""
+    wide = torch.promote_types(weight.dtype, values.dtype)
+    return weight.to(wide).reshape(-1).scatter_add(0, places, values.to(wide)).reshape(weight.shape)
+
+
+def is_dense(layer: Layer, n: int, x: Tensor, gain: int = 1) -> bool:
+    """Whether an update of n entries is better made as a matrix than entry by entry for each token of an input.
+
+    Args:
+        layer: the layer.
+        n: how many entries.
+        x: its input. Of embeddings and convolutions there is only the matrix.
+        gain: how much longer the matrix takes than to put the entries into one.
+
+    Returns:
+        The answer.
+    """
+    site = layer.site
+    if site.kind == "embedding" or len(site.shape) > 2:
+        return True
+    out, inputs = matrix(site)
+    return 2 * n * (x.numel() // max(1, inputs)) >= gain * out * inputs
 
 
 def add_sparse(y: Tensor, x: Tensor, at: Tensor, values: Tensor) -> Tensor:
     """Y + S x without the matrix S, in 32 bits at least: the sums have many terms, and are made one by one."""
     wide = torch.promote_types(torch.promote_types(values.dtype, y.dtype), torch.float32)
-    return y.to(wide).index_add(-1, at[0], x.index_select(-1, at[1]).to(wide) * values.to(wide))
+    terms = x.index_select(-1, at[1]).to(wide) * values.to(wide)
+    return y.to(wide).scatter_add(-1, at[0].expand(terms.shape), terms)  # several times faster than index_add

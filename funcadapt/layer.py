@@ -22,6 +22,11 @@ Dense = tuple[Tensor, Tensor | None]
 _CONV: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
 
+# The forwards of layers that apply their weight and do nothing else, as `Layer.apply` does.
+_PLAIN = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+_HF_CONV1D = "transformers.pytorch_utils.Conv1D.forward"
+
+
 class Layer:
     """A site together with its module, for the duration of one call.
 
@@ -70,6 +75,28 @@ class Layer:
         return stored.transpose(-2, -1) if self.site.transposed else stored
 
     stored = canonical  # a transposition is its own inverse
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the module's class computes `apply` of its weight and bias."""
+        forward = type(self.module).forward
+        return forward in _PLAIN or f"{forward.__module__}.{forward.__qualname__}" == _HF_CONV1D
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a plain linear layer or convolution computes, with another weight and bias.
+
+        Args:
+            x: the layer's input.
+            weight: canonical, (out, in / groups, *kernel).
+            bias: (out), or None.
+
+        Returns:
+            The layer's output.
+        """
+        if self.site.kind in _CONV:
+            module: Any = self.module
+            return module._conv_forward(x, weight, bias)
+        return F.linear(x, weight, bias)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply a weight to an input the way that this layer applies its own, without the bias.

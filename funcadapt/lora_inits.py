@@ -12,7 +12,6 @@ eva, corda, lora_ga   as True, until a recipe that has seen data replaces them
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import weakref
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from funcadapt import loftq
-from funcadapt._torch import fork_rng, linalg
+from funcadapt import loftq, svd
+from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
 from funcadapt.lowrank import factors
 from funcadapt.method import Draw, Leaf
@@ -151,18 +150,13 @@ def _of_weight(
             "init_lora_weights='corda' needs data: use funcadapt.recipes.inits.corda(model, config, batches), or "
             "`preprocess_corda` of funcadapt.peft before get_peft_model."
         )
-    if how == "pissa":
-        u, s, vh = linalg.svd(w, full_matrices=False)
-    elif match := re.fullmatch(r"pissa_niter_(\d+)", how):
-        with contextlib.nullcontext() if draw.generator is None else fork_rng(devices=[]):
-            if draw.generator is not None:  # svd_lowrank takes no generator, only torch's own
-                torch.manual_seed(draw.generator.initial_seed())  # pyright: ignore[reportUnknownMemberType]
-            u, s, v = torch.svd_lowrank(w, r, niter=int(match.group(1)))
-        vh = v.T
-    else:
+    match = re.fullmatch(r"pissa(?:_niter_(\d+))?", how)
+    if match is None:
         raise ValueError(f"Unknown init_lora_weights={how!r}. It is {KNOWN}.")
-    root = torch.sqrt(s[:r] / scaling)
-    return draw.cast(root[:, None] * vh[:r]), draw.cast(u[:, :r] * root)
+    seed = None if draw.generator is None else draw.generator.initial_seed()
+    u, s, vh = svd.largest(w, r, int(match[1]) if match[1] else None, seed)
+    root = torch.sqrt(s / scaling)
+    return draw.cast(root[:, None] * vh), draw.cast(u * root)
 
 
 def _loftq(config: LoraConfig) -> tuple[int, int]:

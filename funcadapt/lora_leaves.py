@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,22 @@ def buffers(config: LoraConfig) -> dict[str, Tensor]:
     """The scaling as a 0-d leaf: lora_alpha / r, or lora_alpha / sqrt(r)."""
     s = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     return {"scaling": torch.tensor(s, dtype=torch.float64, device="cpu")}  # for leaves of any dtype and device
+
+
+def rank_of(config: LoraConfig, p: Leaf) -> int:
+    """The rank of one site's leaves, experts first or not; 0 if there are no factors."""
+    if "lora_embedding_A" in p:
+        return p["lora_embedding_A"].shape[0]
+    if "lora_A" not in p or "lora_B" not in p:
+        return 0
+    a, b = p["lora_A"].shape, p["lora_B"].shape
+    said = (config.r, *config.rank_pattern.values())
+    three = len(a) == len(b) == 3 and a[0] == b[0]
+    blocks = a[1] in said and config.use_bdlora and a[1] == b[2] * config.use_bdlora.get("nblocks", 1) if three else 0
+    experts = three and bool(a[1] == b[2] or blocks)
+    if experts and a[1] == 1 and 1 not in said and a[0] in said:
+        return a[0]  # a convolution of one channel with as many outputs as ranks
+    return a[1] if experts else a[0]
 
 
 def layout(p: Leaf) -> Leaf:
@@ -136,6 +152,25 @@ def _alpha(config: LoraConfig, r: int, scaling: Tensor) -> float:
     return exact
 
 
+def patterns(paths: Collection[str]) -> dict[str, str]:
+    r"""Keys of `rank_pattern` and `alpha_pattern`, for each path one that matches no other.
+
+    PEFT matches a key with the end of a path, so that "q" is "a.q", too: such a path is tied to the beginning.
+
+    Args:
+        paths: all paths of an adapter.
+
+    Returns:
+        Path -> key.
+
+    Example:
+        >>> patterns(["q", "a.q", "b.v"])
+        {'q': '^q', 'a.q': 'a\\.q', 'b.v': 'b\\.v'}
+    """
+    ends = {path[i + 1 :] for path in paths for i, letter in enumerate(path) if letter == "."}
+    return {path: "^" * (path in ends) + re.escape(path) for path in paths}
+
+
 def describe(config: LoraConfig, leaves: Mapping[str, Leaf]) -> LoraConfig:
     """The config that the leaves say: ranks from the shapes, alphas from the scalings.
 
@@ -169,6 +204,7 @@ def describe(config: LoraConfig, leaves: Mapping[str, Leaf]) -> LoraConfig:
     if same:
         return config
     (r, alpha), _ = Counter(said.values()).most_common(1)[0]
-    ranks = {re.escape(path): s[0] for path, s in said.items() if s[0] != r}
-    alphas = {re.escape(path): s[1] for path, s in said.items() if s[1] != alpha}
+    keys = patterns(leaves.keys())
+    ranks = {keys[path]: s[0] for path, s in said.items() if s[0] != r}
+    alphas = {keys[path]: s[1] for path, s in said.items() if s[1] != alpha}
     return dataclasses.replace(config, r=r, lora_alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas)

@@ -139,6 +139,14 @@ class WeightFn(Protocol):
         ...
 
 
+class FoldsFn(Protocol):
+    """`folds`: whether the dense form is the faster one."""
+
+    def __call__(self, layer: Layer, p: Leaf, x: Tensor) -> bool:
+        """Return whether the weight should change rather than the output, for an input x."""
+        ...
+
+
 class MaskedFn(Protocol):
     """`masked`: the output of the base layer -> the output of rows that choose among N adapters."""
 
@@ -247,6 +255,9 @@ class Method:
         weight: the dense form.
         before: the hook on the input, if the method has one.
         after: the hook on the output, if the method has one.
+        folds: (layer, leaves, input) -> whether the dense form is faster than the hooks for that input. The base layer
+            then runs with it, once, where that is as exact: a single adapter, on a plain weight of the same dtype, of
+            32 bits or more, without dropout. None: never.
         when: whether it is this method that a config of that class selects. The first registered one that says
             yes wins, the ones registered with a `when` before the ones without.
         buffers: the 0-d leaves that follow from the config (LoRA's scaling). They are not in checkpoints.
@@ -314,6 +325,7 @@ class Method:
     weight: WeightFn
     before: HookFn | None = None
     after: AfterFn | None = None
+    folds: FoldsFn | None = None
     when: Callable[[Any], bool] = _always
     buffers: Callable[[Any], dict[str, Tensor]] = _no_buffers
     describe: Callable[[Any, Mapping[str, Leaf]], Any] = _keep

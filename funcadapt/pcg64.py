@@ -8,6 +8,11 @@ fixed: numpy promises that the bit stream of PCG64 does not change.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
 
 _M32, _M64, _M128 = 2**32 - 1, 2**64 - 1, 2**128 - 1
 _MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
@@ -135,3 +140,32 @@ class Stream:
         items = list(chosen)
         self._swap(items, 1)
         return items
+
+
+def indices(total: int, length: int, seed: int, *, use_numpy: bool = True) -> Tensor:
+    """Which of `length` numbers each of `total` places holds: each equally often or once more, in a random order.
+
+    Args:
+        total: how many places there are.
+        length: how many numbers.
+        seed: the seed of numpy's default generator.
+        use_numpy: whether numpy draws them, if it is installed: the same ones, in a hundredth of the time.
+
+    Returns:
+        (total), torch.long.
+    """
+    times, more = divmod(total, length)
+    if use_numpy and find_spec("numpy") is not None:
+        import numpy  # pyright: ignore
+
+        rng: Any = numpy.random.default_rng(seed)
+        drawn: Any = numpy.repeat(numpy.arange(length), times)
+        if more:
+            drawn = numpy.concatenate([drawn, rng.choice(length, size=more, replace=False)])
+        rng.shuffle(drawn)
+        return torch.as_tensor(drawn, dtype=torch.long)
+    stream = Stream(seed)
+    items = [i for i in range(length) for _ in range(times)]
+    items += stream.choice(length, more) if more else []
+    stream.shuffle(items)
+    return torch.tensor(items, dtype=torch.long)

@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from funcadapt import lora_leaves
 from funcadapt._torch import named_modules
 from funcadapt.errors import AdapterError, TargetError
 from funcadapt.init import _with_name
@@ -155,25 +154,3 @@ def without(model: nn.Module, config: LoraConfig, empty: Sequence[Site]) -> Lora
         names = names if isinstance(names, str) else "|".join(re.escape(path) for path in names)
         return dataclasses.replace(config, exclude_modules=f"({old})|({names})" if old else names)
     return dataclasses.replace(config, exclude_modules=tuple(dict.fromkeys([*(old or ()), *names])))
-
-
-def told_by(config: LoraConfig, leaves: Mapping[str, Mapping[str, Tensor]]) -> LoraConfig:
-    """The config that the leaves say, see `lora_leaves.describe`.
-
-    Args:
-        config: the config.
-        leaves: the leaves of each site, by path.
-
-    Returns:
-        The config with their ranks and alphas.
-    """
-    told = lora_leaves.describe(config, leaves)
-    if told is config:
-        return config
-    # PEFT matches a pattern with the end of a path: "0" also is "layers.0"
-    whole = {re.escape(path) for path in leaves if any(other.endswith(f".{path}") for other in leaves)}
-    ranks, alphas = (
-        {f"^{key}" if key in whole else key: value for key, value in pattern.items()}
-        for pattern in (told.rank_pattern, told.alpha_pattern)
-    )
-    return dataclasses.replace(told, rank_pattern=ranks, alpha_pattern=alphas)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import funcadapt as fa
 import funcadapt.peft as shim
-from funcadapt.methods import velora
+from funcadapt.methods import monteclora, velora
 
 pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore")]
 LAYERS, STEPS, TARGETS = 2, 12, ["q_proj", "v_proj"]
@@ -167,3 +167,39 @@ def test_adamss_leaves_out_subspaces(real: tuple[nn.Module, Tensor]) -> None:
     assert theirs <= ours
     assert len(ours) - len(theirs) in (0, 2)  # an A and a B
     assert len(ours) == 2 * 6
+
+
+def test_monteclora_learns_its_deviation(real: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the same draws, what they are drawn from is learned as PEFT's. One expert: ours draws the sum."""
+    fields = {"num_samples": 1, "sample_scaler": 0.1}
+    theirs, ours = models = both(
+        real[0], "LoraConfig", r=4, monteclora_config=lambda package: package.MontecloraConfig(**fields)
+    )
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    samplers = [m for m in theirs.modules() if type(m).__name__ == "MontecloraSampler"]
+    generator = torch.Generator().manual_seed(0)
+    draws: dict[tuple[int, ...], Tensor] = {}
+    sizes = ((4, 4), (1,), (4, 576))
+
+    def draw_anew() -> None:
+        draws.update({size: torch.randn(size, generator=generator) for size in sizes})
+        chi = torch.diag(draws[4, 4].square().sum(-1))
+        sample = {"z_mvn": draws[4, 576].T.unsqueeze(0), "z_wishart": chi, "z_dirichlet": draws[1,]}
+        for sampler in samplers:
+            sampler.sampler.buffer, sampler.sampler.index = [sample], 0
+
+    class Draws:
+        """torch, whose `randn` gives the numbers of this step."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def randn(self, *size: Any, **options: Any) -> Tensor:
+            return draws[tuple(size[0]) if isinstance(size[0], torch.Size) else size]
+
+    monkeypatch.setattr(monteclora, "torch", Draws())
+    draw_anew()
+    states = train(models, real[1], 0.1, lambda model, step: draw_anew() if model is ours else None)
+    moved = [name for name in states[0] if name.endswith("std_prior")]
+    assert len(moved) == 2 * LAYERS
+    assert all((states[-1][name] - states[0][name]).abs().max() > 1e-4 for name in moved)

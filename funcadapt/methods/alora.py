@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt import lowrank
+from funcadapt import lora_forms, lowrank
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_variants import asks
@@ -99,7 +99,7 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
         return y
     on, x = active(layer, p, y), dropout(layer, x, config.lora_dropout)
     if layer.site.kind == "embedding":
-        return torch.where(on.unsqueeze(-1), lora.add_delta(layer, p, x, y).to(y.dtype), y)
+        return torch.where(on.unsqueeze(-1), lora_forms.add_delta(layer, p, x, y).to(y.dtype), y)
     a, b = p["lora_A"], p["lora_B"]
     s = on.reshape(-1, 1) * p["scaling"]
     h = F.linear(x.to(a.dtype), a).reshape(s.shape[0], a.shape[0]) * s

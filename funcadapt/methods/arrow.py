@@ -4,8 +4,8 @@
     c(x) = softmax over the top k of |v_e . x| / temperature, 0 elsewhere
 
 v_e, the prototype of expert e, is the top right singular vector of B_e A_e: the direction that the expert amplifies
-most. g_e is the expert's scaling over s, the first one's. GenKnowSub, `without_general`, takes what general adapters
-have in common out of the experts before.
+most. g_e is the expert's scaling over s, the first one's. GenKnowSub, `arrow_leaves.without_general`, takes what
+general adapters have in common out of the experts before.
 
 `arrow` makes an Arrow adapter of LoRAs, and `experts` gives them back. Its leaves, for E experts: `lora_arrow_A`
 (E, r, in), `lora_arrow_B` (E, out, r); the constants `lora_arrow_gains` (E) and `lora_arrow_prototypes` (E, in). They
@@ -34,10 +34,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt._torch import linalg
+from funcadapt import lora_forms
+from funcadapt.arrow_leaves import (
+    GAINS,
+    LEAVES,
+    PROTOTYPES,
+    A,
+    B,
+    Settings,
+    check,
+    describe,
+    prototypes,
+    settings_of,
+    stacked,
+    without_general,
+)
 from funcadapt.errors import AdapterError, SiteError
 from funcadapt.layer import Layer
-from funcadapt.lora_variants import asks, check_init, settings
+from funcadapt.lora_variants import asks, check_init
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of, register
 from funcadapt.methods import lora
 from funcadapt.sites import Site
@@ -45,118 +59,13 @@ from funcadapt.sites import Site
 if TYPE_CHECKING:
     from funcadapt.adapter import Adapter
 
-A, B, GAINS, PROTOTYPES = "lora_arrow_A", "lora_arrow_B", "lora_arrow_gains", "lora_arrow_prototypes"
-_STEPS, _EPS = 15, 1e-8
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What `arrow_config` holds."""
-
-    top_k: int = 3
-    router_temperature: float = 1.0
-    use_gks: bool = False
-    task_adapter_names: Sequence[str] | None = None
-    gks_adapter_names: Sequence[str] | None = None
-    rng_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "router_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
-
-
-def _settings(config: Any) -> Settings:
-    return settings(Settings, config.arrow_config or {}, "arrow_config")
-
 
 def _check_config(config: lora.LoraConfig) -> None:
-    _settings(config)
+    settings_of(config)
     check_init(config)
     for field in ("lora_bias", "lora_dropout"):
         if getattr(config, field):
             raise ValueError(f"Arrow does not go with {field}={getattr(config, field)}.")
-
-
-# -- pure functions of the experts' leaves ----------------------------------------------------------------
-
-
-def prototypes(a: Tensor, b: Tensor, rng_seed: int | None = None) -> Tensor:
-    """The top right singular vector of B A, up to its sign.
-
-    Args:
-        a: (..., r, in).
-        b: (..., out, r).
-        rng_seed: if given, PEFT's approximation of it.
-
-    Returns:
-        (..., in), of length 1, in a's dtype.
-    """
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if rng_seed is None:
-        q, right = linalg.qr(a.to(wide).transpose(-2, -1))
-        left = linalg.qr(b.to(wide))[1]
-        return (q @ linalg.svd(left @ right.transpose(-2, -1))[2][..., :1, :].transpose(-2, -1)).squeeze(-1).to(a.dtype)
-    a32, b32 = a.float(), b.float()
-    gram = b32.transpose(-2, -1) @ b32
-    v = torch.randn(a.shape[-1], generator=torch.Generator().manual_seed(rng_seed)).to(a.device)
-    v = (v / (linalg.vector_norm(v) + _EPS)).expand(*a.shape[:-2], a.shape[-1]).unsqueeze(-1)
-    for _ in range(_STEPS):
-        w = a32.transpose(-2, -1) @ (gram @ (a32 @ v))
-        v = w / (torch.sqrt(w.square().sum(-2, keepdim=True)) + _EPS)
-    return v.squeeze(-1).to(a.dtype)
-
-
-def routing(x: Tensor, vectors: Tensor, top_k: int, temperature: float) -> Tensor:
-    """How much each token uses each expert.
-
-    Args:
-        x: (..., in).
-        vectors: the prototypes, (E, in).
-        top_k: how many experts a token uses.
-        temperature: of the softmax.
-
-    Returns:
-        (..., E): sums to 1, with `top_k` numbers that are not 0.
-    """
-    fit = F.linear(x, vectors).abs()
-    best, index = fit.topk(top_k, -1)
-    return torch.softmax(torch.full_like(fit, float("-inf")).scatter(-1, index, best) / temperature, -1)
-
-
-def without_general(leaves: Leaf, general: Sequence[Leaf]) -> Leaf:
-    """GenKnowSub at one site: the mean of general adapters subtracted, of A and of B each.
-
-    Args:
-        leaves: LoRA's leaves.
-        general: those of the general adapters, of the same rank.
-
-    Returns:
-        The leaves of the same adapters without what is general.
-    """
-    mean = {name: torch.stack([p[name] for p in general]).mean(0) for name in ("lora_A", "lora_B")}
-    return {name: leaf - mean[name] if name in mean else leaf for name, leaf in leaves.items()}
-
-
-def stacked(leaves: Sequence[Leaf], scaling: float, rng_seed: int | None = None) -> dict[str, Tensor]:
-    """The leaves of one site of an Arrow adapter.
-
-    Args:
-        leaves: LoRA's leaves of each expert, all of one rank.
-        scaling: the router's scaling, of which the gains are multiples.
-        rng_seed: if given, the prototypes are PEFT's.
-
-    Returns:
-        All leaves but the scaling.
-    """
-    a, b = (torch.stack([p[name] for p in leaves]) for name in ("lora_A", "lora_B"))
-    scalings = torch.stack([p["scaling"] for p in leaves])
-    # in float64: the quotient of equal numbers is 1
-    gains = (scalings.double() / scaling).to(device=a.device, dtype=a.dtype)
-    return {A: a, B: b, GAINS: gains, PROTOTYPES: prototypes(a.detach(), b.detach(), rng_seed)}
-
-
-# -- from LoRAs and back ----------------------------------------------------------------------------------
 
 
 def arrow(
@@ -217,12 +126,9 @@ def arrow(
         params[path] = {name: made.pop(name) for name in (A, B)}
         buffers[path] = {"scaling": scaling, **made}
     given = Settings(top_k, router_temperature, bool(general), list(named), list(rest), rng_seed)
-    ranks = {path: p[A].shape[1] for path, p in params.items()}
-    r = max(ranks.values())
-    config = dataclasses.replace(
-        first.config, arrow_config=dataclasses.asdict(given), lora_dropout=0.0, init_lora_weights=True
-    )
-    adapter = first.replace(params=params, buffers=buffers, config=dataclasses.replace(config, r=r))
+    new: dict[str, Any] = {"arrow_config": dataclasses.asdict(given), "r": max(p[A].shape[1] for p in params.values())}
+    config = dataclasses.replace(first.config, **new, lora_dropout=0.0, init_lora_weights=True)
+    adapter = first.replace(params=params, buffers=buffers, config=config)
     return adapter.replace(config=describe(adapter.config, {path: adapter.leaves(path) for path in params}))
 
 
@@ -248,7 +154,7 @@ def experts(adapter: Adapter) -> dict[str, Adapter]:
     """
     config: Any = dataclasses.replace(adapter.config, arrow_config=None)  # pyright: ignore
     found: dict[str, Adapter] = {}
-    for i, name in enumerate(_settings(adapter.config).task_adapter_names or ()):
+    for i, name in enumerate(settings_of(adapter.config).task_adapter_names or ()):
         params = {path: {"lora_A": p[A][i], "lora_B": p[B][i]} for path, p in adapter.params.items()}
         buffers = {path: {"scaling": p["scaling"] * p[GAINS][i]} for path, p in adapter.buffers.items()}
         one = adapter.replace(params=params, buffers=buffers, config=config)
@@ -256,12 +162,9 @@ def experts(adapter: Adapter) -> dict[str, Adapter]:
     return found
 
 
-# -- the method -------------------------------------------------------------------------------------------
-
-
 def init(site: Site, config: lora.LoraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """As many new LoRAs as there are names."""
-    n = len(_settings(config).task_adapter_names or ())
+    n = len(settings_of(config).task_adapter_names or ())
     if not n:
         raise SiteError(
             f"Arrow at {site.path!r} needs experts: make it of trained LoRAs by funcadapt.methods.arrow.arrow, or name "
@@ -269,8 +172,25 @@ def init(site: Site, config: lora.LoraConfig, draw: Draw, weight: Callable[[], T
         )
     made = [lora.init(site, config, draw, weight) for _ in range(n)]
     a, b = (torch.stack([p.params[name] for p in made]) for name in ("lora_A", "lora_B"))
-    vectors = draw.zeros(n, site.in_features) if draw.abstract else prototypes(a, b, _settings(config).rng_seed)
+    vectors = draw.zeros(n, site.in_features) if draw.abstract else prototypes(a, b, settings_of(config).rng_seed)
     return Fresh({A: a, B: b}, {**made[0].buffers, GAINS: draw.ones(n), PROTOTYPES: vectors})
+
+
+def routing(x: Tensor, vectors: Tensor, top_k: int, temperature: float) -> Tensor:
+    """How much each token uses each expert.
+
+    Args:
+        x: (..., in).
+        vectors: the prototypes, (E, in).
+        top_k: how many experts a token uses.
+        temperature: of the softmax.
+
+    Returns:
+        (..., E): sums to 1, with `top_k` numbers that are not 0.
+    """
+    fit = F.linear(x, vectors).abs()
+    best, index = fit.topk(top_k, -1)
+    return torch.softmax(torch.full_like(fit, float("-inf")).scatter(-1, index, best) / temperature, -1)
 
 
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
@@ -306,33 +226,13 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
     raise SiteError(f"Arrow at {layer.site.path!r} has a weight for every token, so it cannot be merged.")
 
 
-def describe(config: Any, leaves: Mapping[str, Leaf]) -> Any:
-    """The config that the leaves say, as LoRA's."""
-    one = {path: {"lora_A": p[A][0], "lora_B": p[B][0], "scaling": p["scaling"]} for path, p in leaves.items()}
-    return lora.describe(config, one)
-
-
-def check(config: lora.LoraConfig, path: str, p: Leaf) -> None:
-    """Four leaves that fit each other, of as many experts as have names."""
-    for name in METHOD.keys:
-        if name not in p:
-            raise SiteError(f"The site {path!r} lacks {name!r}. (PEFT's checkpoints of an arrow_router lack experts.)")
-    a, b, n = p[A].shape, p[B].shape, len(_settings(config).task_adapter_names or ())
-    fits = len(a) == len(b) == 3 and a[:2] == (n, config.r) and (b[0], b[2]) == (n, config.r)
-    if not fits or p[GAINS].shape != (n,) or p[PROTOTYPES].shape != (n, a[2]):
-        raise SiteError(
-            f"The site {path!r} has A of shape {tuple(a)}, B {tuple(b)}, gains {tuple(p[GAINS].shape)} and prototypes "
-            f"{tuple(p[PROTOTYPES].shape)}; its config says {n} experts of rank {config.r}."
-        )
-
-
 METHOD = register(
     Method(
         name="arrow",
         config=lora.LoraConfig,
         when=asks("arrow_config", check=_check_config),
-        kinds=lora.PRODUCTS,
-        keys={name: name for name in (A, B, GAINS, PROTOTYPES)},
+        kinds=lora_forms.PRODUCTS,
+        keys={name: name for name in LEAVES},
         init=init,
         constants=frozenset({GAINS, PROTOTYPES}),
         after=after,

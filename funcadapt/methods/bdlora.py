@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcadapt import lora_inits, lowrank
+from funcadapt import lora_forms, lora_inits, lowrank
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
@@ -133,7 +133,7 @@ def _product(x: Tensor, weight: Tensor, n: int) -> Tensor:
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * B A drop(x), block by block at linear layers."""
     config: Any = layer.config
-    if layer.site.kind not in lora.PRODUCTS:
+    if layer.site.kind not in lora_forms.PRODUCTS:
         return lora.after(layer, as_lora(layer, p), x, y)
     x = dropout(layer, x, config.lora_dropout)
     blocks, a, b = _blocks(config, layer.site.path), p["lora_A"], p["lora_B"]

@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt._torch import unflatten
+from funcadapt.checks import check_layers, check_one_of, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.oft import cayley, convolved, size_of
+from funcadapt.orthogonal import butterfly, cayley, convolved, size_of
 from funcadapt.sites import Site
 
 
@@ -76,24 +77,9 @@ class BOFTConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size, num = self.boft_block_size, self.boft_block_num
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        if size == 0 and num == 0:
-            raise ValueError(
-                "Either `boft_block_size` or `boft_block_num` must be non-zero. Currently, boft_block_size = "
-                f"{size} and boft_block_num = {num}."
-            )
-        if size != 0 and num != 0:
-            raise ValueError(
-                f"You can only specify either boft_block_size ({size}) or boft_block_num ({num}), but not both "
-                "simultaneously, because boft_block_size x boft_block_num == in_features."
-            )
-        if self.boft_n_butterfly_factor < 1:
-            raise ValueError(
-                f"You can only specify boft_n_butterfly_factor {self.boft_n_butterfly_factor} to be a positive integer "
-                "number."
-            )
+        check_layers(self)
+        check_one_of(self, "boft_block_size", "boft_block_num")
+        check_positive(self, "boft_n_butterfly_factor")
         if not 0 <= self.boft_dropout <= 1:
             raise ValueError(f"`boft_dropout` must be in [0, 1], got {self.boft_dropout}.")
 
@@ -122,18 +108,7 @@ def init(site: Site, config: BOFTConfig, draw: Draw, weight: Callable[[], Tensor
 
 
 def rotations(layer: Layer, p: Leaf) -> Tensor:
-    """The blocks of all factors, (N, D, k, k), in at least float32, with dropout.
-
-    Args:
-        layer: the layer.
-        p: the leaves.
-
-    Returns:
-        The blocks.
-
-    Raises:
-        SiteError: if they do not make the size of the site.
-    """
+    """The blocks of all factors, (N, D, k, k), in at least float32, with dropout. Any other size raises."""
     given, config = p["boft_R"], layer.config
     factors, blocks, side = given.shape[:3]
     if blocks * side != size_of(layer.site):
@@ -153,47 +128,21 @@ def rotations(layer: Layer, p: Leaf) -> Tensor:
     return torch.where(mask, torch.eye(side, dtype=q.dtype, device=q.device), q)
 
 
-def rotated(x: Tensor, blocks: Tensor, *, transposed: bool = False) -> Tensor:
-    """X R, for the rows of x, or x R^T.
-
-    Args:
-        x: (*batch, D * k).
-        blocks: (N, D, k, k).
-        transposed: whether it is R^T.
-
-    Returns:
-        Of x's shape.
-    """
-    factors, count, side = blocks.shape[:3]
-    rows = x.reshape(-1, count * side)
-    for n in range(factors) if transposed else reversed(range(factors)):
-        q = blocks[n].mT if transposed else blocks[n]
-        if n == 0:
-            rows = torch.bmm(unflatten(rows, 1, (count, side)).transpose(0, 1), q).transpose(0, 1).flatten(1)
-            continue
-        # (rows, segments, 2, 2^n, k / 2) <-> (segments, 2^n, rows, 2, k / 2): the pairs of half blocks
-        segments, half = count >> n, side // 2
-        pairs = rows.reshape(-1, segments, 2, 1 << n, half).permute(1, 3, 0, 2, 4).reshape(count, -1, side)
-        pairs = torch.bmm(pairs, q).reshape(segments, 1 << n, -1, 2, half)
-        rows = pairs.permute(2, 0, 3, 1, 4).reshape(-1, count * side)
-    return rows.reshape(x.shape)
-
-
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """S (y - b) + b, where y has the product of W and what the rotation adds to x; at embeddings y is rotated."""
     site = layer.site
     blocks, wide = rotations(layer, p), torch.promote_types(y.dtype, p["boft_R"].dtype)
     if site.kind == "embedding":
-        out = rotated(y.to(wide), blocks.to(wide))
+        out = butterfly(y.to(wide), blocks.to(wide))
     elif site.kind.startswith("conv"):
         base = layer.weight.to(blocks.dtype)
-        delta = rotated(base.flatten(1), blocks, transposed=True).reshape(base.shape) - base
+        delta = butterfly(base.flatten(1), blocks, transposed=True).reshape(base.shape) - base
         out = y + convolved(layer, x, delta.to(p["boft_R"].dtype))
     else:
         # Not in a hook on the input: a weight of the adapter interpolates the value of each hook, and the layer would
         # be quadratic in it if both of them acted.
         x = x.to(wide)
-        out = y + layer.linear(rotated(x, blocks.to(wide)) - x, layer.weight.to(wide))
+        out = y + layer.linear(butterfly(x, blocks.to(wide)) - x, layer.weight.to(wide))
     scale = layer.per_output(p["boft_s"].flatten())
     if not site.bias or layer.bias is None:
         return (out * scale).to(y.dtype)
@@ -205,9 +154,9 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
     blocks = rotations(layer, p)
     wide = weight.to(torch.promote_types(weight.dtype, blocks.dtype))
     if layer.site.kind == "embedding":
-        new = rotated(wide.t(), blocks).t()
+        new = butterfly(wide.t(), blocks).t()
     else:
-        new = rotated(wide.flatten(1), blocks, transposed=True).reshape(weight.shape)
+        new = butterfly(wide.flatten(1), blocks, transposed=True).reshape(weight.shape)
     return (new * layer.rows(p["boft_s"].flatten())).to(weight.dtype), bias
 
 

@@ -156,6 +156,7 @@ METHOD = register(
         keys={"c3a_kernel": "c3a_kernel"},
         init=init,
         after=after,
+        folds=lambda layer, p, x: len(layer.site.shape) > 2,
         weight=weight,
         check=check,
         reads=frozenset(),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcadapt import _torch, lowrank
+from funcadapt import _torch, lora_forms, lowrank
 from funcadapt._torch import linalg
 from funcadapt.combining import Algebra, Recipe, Spot, sums_to_one
 from funcadapt.errors import SiteError
@@ -63,7 +63,7 @@ def init(site: Site, config: lora.LoraConfig, draw: Draw, weight: Callable[[], T
     if draw.abstract:
         norm = draw.zeros(*site.stack, site.out_features)
     else:
-        a, b, scaling = lora.factors({**params, **buffers})
+        a, b, scaling = lowrank.factors({**params, **buffers})
         base = lora.residual(config, {**params, **buffers}, weight())
         w = weight() if base is None else base
         norms = torch.func.vmap(row_norm, (0, 0, 0, None)) if site.stack else row_norm
@@ -76,7 +76,7 @@ def init(site: Site, config: lora.LoraConfig, draw: Draw, weight: Callable[[], T
 
 def ratio(layer: Layer, p: Leaf, weight: Tensor) -> Tensor:
     """M / n, shape (out)."""
-    a, b, scaling = lora.factors(p)
+    a, b, scaling = lowrank.factors(p)
     m = p["lora_magnitude_vector"].reshape(layer.site.out_features)
     return m / row_norm(weight, a, b, scaling).to(m.dtype)
 
@@ -90,16 +90,16 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
         dropped = dropout(layer, x, config.lora_dropout)
         product = layer.linear(dropped.to(base_weight.dtype), base_weight.detach())
         zero = torch.zeros_like(product)
-        return (y + (scale - 1) * product + scale * lora.add_delta(layer, p, dropped, zero)).to(y.dtype)
+        return (y + (scale - 1) * product + scale * lora_forms.add_delta(layer, p, dropped, zero)).to(y.dtype)
     if bias is None:
-        return (scale * lora.add_delta(layer, p, x, y)).to(y.dtype)
+        return (scale * lora_forms.add_delta(layer, p, x, y)).to(y.dtype)
     shift = layer.per_output(bias)
-    return (scale * lora.add_delta(layer, p, x, y - shift) + shift).to(y.dtype)
+    return (scale * lora_forms.add_delta(layer, p, x, y - shift) + shift).to(y.dtype)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(m / n) * (W + s B A); the bias stays."""
-    merged = layer.rows(ratio(layer, p, weight)) * (weight + lora.delta_weight(layer, p))
+    merged = layer.rows(ratio(layer, p, weight)) * (weight + lora_forms.delta_weight(layer, p))
     return merged.to(weight.dtype), bias
 
 

@@ -21,19 +21,19 @@ several adapters nest; also on transformers' Conv1D, embeddings, convolutions, m
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from funcadapt.checks import check_bias, check_leaves, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_weight
+from funcadapt.forms import KINDS, add_weight, kaiming, matrix
+from funcadapt.holders import holder
 from funcadapt.layer import Layer
 from funcadapt.lora_leaves import neutral, resized
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.loha import kaiming
 from funcadapt.sites import Site
 
 PATHS = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
@@ -72,32 +72,34 @@ class GloraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
+        check_positive(self, "r")
+        check_bias(self)
         for field, kinds in _KINDS.items():
             if getattr(self, field) not in kinds:
                 raise ValueError(
                     f"Invalid {field} value: {getattr(self, field)!r}. Valid values are: {', '.join(sorted(kinds))}."
                 )
-        if self.bias not in ("none", "all", "glora_only"):
-            raise ValueError(f"`bias` must be 'none', 'all' or 'glora_only', got {self.bias!r}.")
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
         """The rank of one site's leaves; 0 if none is "lora"."""
         return next((leaf.shape[-1] for name, leaf in leaves.items() if name.endswith(".Xd")), 0)
 
 
+def _forms(config: GloraConfig) -> tuple[str, ...]:
+    """The forms of A to E."""
+    return config.config_A_B, config.config_A_B, config.config_C, config.config_D_E, config.config_D_E
+
+
 def init(site: Site, config: GloraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """The leaves of the five paths, those without any as zeros among the buffers."""
-    out, inputs, r = site.out_features, math.prod(site.shape[1:]), config.r
-    second = config.config_C, config.config_D_E, config.config_D_E
-    kinds = (config.config_A_B, config.config_A_B, *(second if site.bias else ("none",) * 3))
+    (out, inputs), r = matrix(site), config.r
+    kinds = _forms(config) if site.bias else (*_forms(config)[:2], "none", "none", "none")
     sizes = ((out, inputs), (out, inputs), (inputs, 1), (out,), (out,))
     params: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
 
-    def start(shape: tuple[int, ...], bound: float) -> Tensor:
-        return draw.zeros(*shape) if config.init_weights else draw.uniform(*shape, bound=bound)
+    def start(*shape: int) -> Tensor:
+        return draw.zeros(*shape) if config.init_weights else kaiming(draw, *shape)
 
     for name, kind, size in zip(PATHS, kinds, sizes, strict=True):
         if kind == "none":
@@ -105,26 +107,30 @@ def init(site: Site, config: GloraConfig, draw: Draw, weight: Callable[[], Tenso
         elif kind == "constant":
             params[f"{name}.X"] = draw.zeros(1) if config.init_weights else draw.normal(1, std=0.02)
         elif kind == "vector":  # PEFT takes that of D and E for a row, and the others for columns
-            shape = (size[0], 1) if len(size) > 1 else size
-            params[f"{name}.X"] = start(shape, 1 if len(size) > 1 else 1 / math.sqrt(out))
+            params[f"{name}.X"] = start(size[0], 1) if len(size) > 1 else start(1, out).flatten()
         else:
             up = kaiming(draw, r, size[-1])
-            params |= {f"{name}.Xd": start((size[0], r), 1 / math.sqrt(r)), f"{name}.Xu": up}
+            params |= {f"{name}.Xd": start(size[0], r), f"{name}.Xu": up}
     return Fresh(params, buffers)
+
+
+def _factors(p: Leaf, name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The factors of what is "lora", as matrices. Any other size raises."""
+    down, up = p[f"{name}.Xd"], p[f"{name}.Xu"]
+    return down.reshape(rows, down.shape[1]), up.reshape(down.shape[1], columns)
 
 
 def _part(p: Leaf, name: str, rows: int, columns: int) -> Tensor | None:
     """A to E, as a matrix of those sizes or of 1; None for zeros. Any other size raises."""
     if f"{name}.Xd" in p:
-        down, up = p[f"{name}.Xd"], p[f"{name}.Xu"]
-        return down.reshape(rows, down.shape[1]) @ up.reshape(down.shape[1], columns)
+        return torch.mm(*_factors(p, name, rows, columns))
     x = p.get(f"{name}.X")
     return None if x is None else x.reshape((1, 1) if x.numel() == 1 else (rows, 1))
 
 
 def bias_change(site: Site, p: Leaf, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor | None:
     """B * D + E + W C, (out) or of one number; None if there is none of them."""
-    out, inputs = site.out_features, math.prod(site.shape[1:])
+    out, inputs = matrix(site)
     c, d, e = _part(p, "glora_C", inputs, 1), _part(p, "glora_D", out, 1), _part(p, "glora_E", out, 1)
     if bias is None:
         if c is not None or d is not None or e is not None:
@@ -137,16 +143,19 @@ def bias_change(site: Site, p: Leaf, weight: Callable[[], Tensor], bias: Tensor 
 
 def weight_change(site: Site, p: Leaf, weight: Callable[[], Tensor]) -> Tensor | None:
     """W * A + B in canonical form; None if there is neither."""
-    out, inputs = site.out_features, math.prod(site.shape[1:])
+    out, inputs = matrix(site)
     a = _part(p, "glora_A", out, inputs)
     if a is None:
         return None
     scaled = weight().reshape(out, inputs) * a
     if "glora_B.Xd" in p:
-        down, up = p["glora_B.Xd"], p["glora_B.Xu"]
-        down, up = down.reshape(out, down.shape[1]), up.reshape(down.shape[1], inputs)
-        return torch.addmm(scaled, down, up).reshape(site.shape)
+        return torch.addmm(scaled, *_factors(p, "glora_B", out, inputs)).reshape(site.shape)
     return (scaled + p["glora_B.X"].reshape(a.shape)).reshape(site.shape)
+
+
+def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
+    """Whether A is a matrix, or applied as one."""
+    return p.get("glora_A.X") is None or layer.site.groups > 1
 
 
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
@@ -158,7 +167,7 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
         change = bias_change(site, p, read, layer.bias)
         if change is not None:
             y = (y + change.reshape(-1, *(1,) * (len(site.shape) - 2))).to(y.dtype)
-    if a is None or site.groups > 1 or site.kind not in _CALLED:
+    if a is None or folds(layer, p, x) or site.kind not in _CALLED:
         delta = weight_change(site, p, read)
         return y if delta is None else add_weight(layer, x, y, delta)
     b, bias, rest = p["glora_B.X"], layer.bias, (1,) * (len(site.shape) - 2)
@@ -191,33 +200,19 @@ def with_rank(p: Leaf, old: int, r: int) -> Leaf:
 
 def check(config: GloraConfig, path: str, p: Leaf) -> None:
     """The leaves that the config asks for, with its rank; C, D and E can be zeros where there is no bias."""
-    wanted = (config.config_A_B, config.config_A_B, config.config_C, config.config_D_E, config.config_D_E)
     leaves = {"lora": {"Xd", "Xu"}, "none": {"zeros"}, "vector": {"X"}, "constant": {"X"}}
-    for name, kind in zip(PATHS, wanted, strict=True):
+    for name, kind in zip(PATHS, _forms(config), strict=True):
         found = {leaf.rpartition(".")[2] for leaf in p if leaf.startswith(f"{name}.")}
         if found != leaves[kind] and not (name[-1] in "CDE" and found == {"zeros"}):
             raise SiteError(f"The site {path!r} has {sorted(found)} of {name}, its config says {sorted(leaves[kind])}.")
         if "Xd" in found:
-            down, up = p[f"{name}.Xd"].shape, p[f"{name}.Xu"].shape
-            if len(down) < 2 or len(up) != len(down) or (down[-1], up[-2]) != (config.r, config.r):
-                raise SiteError(
-                    f"The site {path!r} has {name}.Xd of shape {tuple(down)} and {name}.Xu of shape {tuple(up)}; its "
-                    f"config says rank {config.r}."
-                )
+            check_leaves(path, p, {f"{name}.Xd": (None, config.r), f"{name}.Xu": (config.r, None)})
 
 
-def holder(site: Site, base: nn.Module, container: str, parts: Mapping[str, Tensor]) -> nn.Module | None:
-    """A path of PEFT's."""
-    from funcadapt.view.holding import Entry  # it builds on the methods
-
+def path_of(site: Site, base: nn.Module, container: str, parts: Mapping[str, Tensor]) -> nn.Module:
+    """What holds A to E in the in-place view: a path of PEFT's."""
     kind = "Lora" if "Xd" in parts else "Empty" if "zeros" in parts else "Vector" if len(parts["X"]) > 1 else "Scalar"
-    made = Entry(f"Glora{kind}Path")
-    for name, value in parts.items():
-        if name == "zeros":
-            made.register_buffer(name, value)
-        else:
-            made.register_parameter(name, nn.Parameter(value))
-    return made
+    return holder(f"Glora{kind}Path", buffers=("zeros",))(site, base, container, parts)
 
 
 METHOD = register(
@@ -229,11 +224,12 @@ METHOD = register(
         constants=frozenset(f"{name}.zeros" for name in PATHS),
         init=init,
         after=after,
+        folds=folds,
         weight=weight,
         check=check,
         reads=frozenset(),
         with_rank=with_rank,
         neutral=neutral,
-        view=View("glora", "Glora", "glora_", label="glora.", containers=PATHS, attributes={"r": "r"}, holder=holder),
+        view=View("glora", "Glora", "glora_", label="glora.", containers=PATHS, attributes={"r": "r"}, holder=path_of),
     )
 )

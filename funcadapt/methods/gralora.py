@@ -19,22 +19,20 @@ input can have any number of axes; also on embeddings, convolutions, multi-head 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from funcadapt import lora_forms, scalings
 from funcadapt._torch import unflatten
+from funcadapt.checks import check_bias, check_leaves, check_positive, check_rates
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_weight, refuse_dropout
+from funcadapt.forms import KINDS, add_weight, kaiming, matrix, refuse_dropout
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_leaves import describe as describe_lora
 from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods import lora
-from funcadapt.methods.loha import kaiming
 from funcadapt.sites import Site
 
 
@@ -76,21 +74,17 @@ class GraloraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gralora_k <= 0:
-            raise ValueError(f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}")
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
+        check_positive(self, "r", "gralora_k")
+        check_bias(self)
+        check_rates(self, "gralora_dropout")
         if self.hybrid_r < 0:
             raise ValueError(
                 f"`hybrid_r` should be a non-negative integer value but the value passed is {self.hybrid_r}"
             )
         if self.r % self.gralora_k:
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
-        if not 0 <= self.gralora_dropout < 1 or not -1e300 < self.alpha < 1e300:
-            raise ValueError(f"`gralora_dropout` must be in [0, 1) and `alpha` finite, got {self.gralora_dropout} and "
-                             f"{self.alpha}.")  # fmt: skip
-        if self.bias not in ("none", "all", "gralora_only"):
-            raise ValueError(f"`bias` must be 'none', 'all' or 'gralora_only', got {self.bias!r}.")
+        if not -1e300 < self.alpha < 1e300:
+            raise ValueError(f"`alpha` must be finite, got {self.alpha}.")
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
         """The rank of one site's leaves."""
@@ -106,7 +100,7 @@ def init(site: Site, config: GraloraConfig, draw: Draw, weight: Callable[[], Ten
     """A random, B zero unless `init_weights` is false."""
     refuse_dropout(site, "gralora_dropout", config.gralora_dropout)
     k, r, hybrid = config.gralora_k, config.r, config.hybrid_r
-    out, inputs = site.out_features, math.prod(site.shape[1:])
+    out, inputs = matrix(site)
     for side, size in (("in", inputs), ("out", out)):
         if size % k:
             raise SiteError(
@@ -134,7 +128,7 @@ def delta_weight(site: Site, p: Leaf) -> Tensor:
     """The update in canonical form. Any other size raises."""
     a, b = p["gralora_A"], p["gralora_B"]
     k, _, r = a.shape
-    inputs, out = math.prod(site.shape[1:]) // k, site.out_features // k
+    out, inputs = (size // k for size in matrix(site))
     a, b = a.reshape(k, inputs, k, r // k), b.reshape(k, k, r // k, out)
     delta = torch.einsum("nimq,mnqo->moni", a * p["scaling"], b).reshape(k * out, k * inputs)
     if "gralora_A_general" in p:
@@ -158,7 +152,7 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     y = (unflatten(y, y.dim() - 1, (k, b.shape[2])).reshape(out.shape) + out).reshape(y.shape).to(y.dtype)
     if "gralora_A_general" in p:
         same = {"lora_A": p["gralora_A_general"], "lora_B": p["gralora_B_general"], "scaling": p["scaling"]}
-        y = lora.add_delta(layer, same, dropout(layer, x, config.gralora_dropout), y).to(y.dtype)
+        y = lora_forms.add_delta(layer, same, dropout(layer, x, config.gralora_dropout), y).to(y.dtype)
     return y
 
 
@@ -169,44 +163,25 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
 
 def describe(config: GraloraConfig, leaves: Mapping[str, Leaf]) -> GraloraConfig:
     """The config with the most frequent alpha that the scalings say; others go into B (see `stored`)."""
-    r = config.r + config.hybrid_r
-    like = lora.LoraConfig(r=r, lora_alpha=config.alpha)
-    a, b = torch.empty(r, 1), torch.empty(1, r)
-    said = {path: {"lora_A": a, "lora_B": b, "scaling": p["scaling"]} for path, p in leaves.items() if "scaling" in p}
-    found = describe_lora(like, said)
-    return config if found is like else dataclasses.replace(config, alpha=found.lora_alpha)
+    return scalings.describe(config, leaves, config.r + config.hybrid_r)
 
 
 def stored(config: GraloraConfig, path: str, p: Leaf) -> Leaf:
     """B with what a scaling of its own is to the one that the config says: it has one alpha for all sites."""
-    scaling = p.get("scaling")
-    if "gralora_B" not in p or scaling is None or scaling.is_meta:
-        return {}
-    said = buffers(config)["scaling"]
-    if torch.equal(said.to(scaling.dtype), scaling.cpu()):
-        return {}
-    if not said:
-        raise SiteError(f"The site {path!r} has scaling {scaling.item()}, which alpha=0 cannot say.")
-    ratio = scaling.double() / said.item()
-    return {name: (p[name] * ratio).to(p[name].dtype) for name in ("gralora_B", "gralora_B_general") if name in p}
+    return scalings.absorbed(path, p, buffers(config)["scaling"], ("gralora_B", "gralora_B_general"))
 
 
 def check(config: GraloraConfig, path: str, p: Leaf) -> None:
     """All leaves, with the config's ranks and number of blocks."""
-    names = ["gralora_A", "gralora_B"] + ["gralora_A_general", "gralora_B_general"] * bool(config.hybrid_r)
-    if sorted(p) != sorted(names):
-        raise SiteError(f"The site {path!r} has {sorted(p)}, its config says {sorted(names)}.")
-    shapes = [list(p[name].shape) for name in names]
     k, r, hybrid = config.gralora_k, config.r, config.hybrid_r
-    a, b = shapes[:2]
-    fits = len(a) == len(b) and len(a) > 2 and (a[-3], a[-1], b[-3], b[-2]) == (k, r, k, r) and a[:-3] == b[:-3]
-    if fits and hybrid:
-        fits = shapes[2:] == [[*a[:-3], hybrid, k * a[-2]], [*a[:-3], k * b[-1], hybrid]]
-    if not fits:
-        raise SiteError(
-            f"The site {path!r} has leaves of shapes {dict(zip(names, shapes, strict=True))}; its config says rank "
-            f"{r}, {k} blocks and hybrid_r={hybrid}: expected ({k}, in / {k}, {r}) and ({k}, {r}, out / {k})."
-        )
+    expected: dict[str, tuple[int | None, ...]] = {"gralora_A": (k, None, r), "gralora_B": (k, r, None)}
+    check_leaves(path, p, expected)
+    if hybrid:
+        inputs, out = k * p["gralora_A"].shape[-2], k * p["gralora_B"].shape[-1]
+        expected |= {"gralora_A_general": (hybrid, inputs), "gralora_B_general": (out, hybrid)}
+        check_leaves(path, p, expected)
+    if len(p) > len(expected):
+        raise SiteError(f"The site {path!r} has {sorted(p)}, its config says {sorted(expected)}.")
 
 
 METHOD = register(
@@ -222,6 +197,7 @@ METHOD = register(
         },
         init=init,
         after=after,
+        folds=lambda layer, p, x: len(layer.site.shape) > 2,
         weight=weight,
         buffers=buffers,
         describe=describe,

@@ -5,8 +5,9 @@
 Leaves: `hira_A` (r, in), `hira_B` (out, r). Embeddings: `hira_embedding_A` (r, vocabulary), `hira_embedding_B`
 (width, r). Convolutions: `hira_A` (r, channels / groups, *kernel), `hira_B` (out, r, 1, ...).
 Init: A kaiming-uniform ("gaussian": normal with deviation 1 / r), B zero; embeddings: A zero, B normal: the identity.
-Cost: r (in + out) parameters a layer; 2 in out flops a token and 2 r in out flops a call forward, and twice that
-backward. One matrix of the size of W is made in a call. Embeddings: as LoRA, since W * (B A) looks up y * (B A).
+Cost: r (in + out) parameters a layer; 2 r in out flops a call forward, and twice that backward: the layer runs with the
+dense form. With dropout or in 16 bits, 2 in out flops a token more. Embeddings: as LoRA, as W * (B A) looks up
+y * (B A).
 Dense form: W * (1 + B A).
 
 Source: Huang et al. 2025, openreview.net/forum?id=TwJrTz9cRS.
@@ -140,6 +141,11 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     return add_weight(layer, x, y, layer.weight * ratio(site, p))
 
 
+def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
+    """Always: the update is as large as the weight."""
+    return True
+
+
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W * (1 + B A); the bias stays."""
     return (weight + weight * ratio(layer.site, p)).to(weight.dtype), bias
@@ -193,6 +199,7 @@ METHOD = register(
         keys={name: name for name in ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")},
         init=init,
         after=after,
+        folds=folds,
         weight=weight,
         describe=describe,
         check=check,

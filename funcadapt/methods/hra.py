@@ -32,12 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt._torch import linalg
+from funcadapt.checks import check_layers, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
+from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.oft import convolved
+from funcadapt.orthogonal import convolved, size_of, turns_input, without_autocast
 from funcadapt.sites import Site
 
 
@@ -73,14 +75,8 @@ class HRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        check_positive(self, "r")
+        check_layers(self, of_names=True)
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
         """How many reflections one site's leaves have."""
@@ -90,7 +86,7 @@ class HRAConfig(AdapterConfig):
 def init(site: Site, config: HRAConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """Pairs of equal columns, or r different ones."""
     r = config.r
-    size = site.out_features if site.kind == "embedding" else math.prod(site.shape[1:])
+    size = size_of(site)
     if config.apply_GS and r > size:
         raise SiteError(f"apply_GS=True needs r <= {size} at {site.path!r}, got r={r}: no more vectors are orthogonal.")
     if r % 2 or config.apply_GS or not config.init_weights:
@@ -114,10 +110,8 @@ def factors(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(u.dtype, torch.float64 if config.apply_GS else torch.float32)
     # tiny: what a zero column is divided by, so that it stays zero and its gradient is
     u = F.normalize(u.to(wide), dim=0, eps=torch.finfo(wide).tiny)
-    if torch.is_autocast_enabled(u.device.type):
-        with torch.autocast(u.device.type, enabled=False):
-            return _compact(config, u)
-    return _compact(config, u)
+    with without_autocast(u.device):
+        return _compact(config, u)
 
 
 def _compact(config: HRAConfig, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +145,7 @@ def reflected(layer: Layer, p: Leaf, x: Tensor, *, transposed: bool = False) -> 
 
 def before(layer: Layer, p: Leaf, x: Tensor) -> Tensor:
     """X H^T; nothing at embeddings and convolutions."""
-    if layer.site.kind == "embedding" or layer.site.kind.startswith("conv"):
+    if not turns_input(layer.site):
         return x
     return reflected(layer, p, x).to(x.dtype)
 
@@ -161,16 +155,13 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     site = layer.site
     if site.kind == "embedding":
         return reflected(layer, p, y).to(y.dtype)
-    if not site.kind.startswith("conv"):
+    if turns_input(site):
         return y
     u, v = factors(layer, p)
-    r, ones = u.shape[1], (1,) * (len(site.shape) - 2)
-    base = layer.weight
-    up = ((base.flatten(1).to(u.dtype) @ u) * -2).to(p["hra_u"].dtype)
-    v = v.to(p["hra_u"].dtype).reshape(r, *site.shape[1:])
+    up = ((layer.weight.flatten(1).to(u.dtype) @ u) * -2).to(p["hra_u"].dtype)
+    v = v.to(p["hra_u"].dtype).reshape(u.shape[1], *site.shape[1:])
     h = convolved(layer, x, v.repeat(site.groups, *(1,) * (v.ndim - 1)))  # of each group
-    delta = layer.pointwise(h, up.reshape(*up.shape, *ones))
-    return (y + delta).to(y.dtype)
+    return (y + layer.pointwise(h, up.reshape(*up.shape, *(1,) * (v.ndim - 2)))).to(y.dtype)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -206,7 +197,7 @@ METHOD = register(
         check=check,
         reads=frozenset({"apply_GS"}),
         with_rank=with_rank,
-        neutral=lambda p: {name: torch.zeros_like(leaf) for name, leaf in p.items()},
+        neutral=neutral,
         view=View(
             "hra",
             "HRA",

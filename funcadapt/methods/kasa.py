@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from funcadapt import lora_inits, lora_view, lowrank
+from funcadapt import lora_forms, lora_inits, lora_view, lowrank
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS
@@ -115,8 +115,8 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y - U S V^T x + s * B (d * A drop(x))."""
     config: Any = layer.config
     added, left_out = _updates(layer, p)
-    out = lora.add_delta(layer, left_out, x, y)
-    return lora.add_delta(layer, added, dropout(layer, x, config.lora_dropout), out).to(y.dtype)
+    out = lora_forms.add_delta(layer, left_out, x, y)
+    return lora_forms.add_delta(layer, added, dropout(layer, x, config.lora_dropout), out).to(y.dtype)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -125,7 +125,7 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
     if added["scaling"].ndim:
         added = {**added, "scaling": added["scaling"].flatten()}
     merged, bias = lora.weight(layer, added, weight, bias)
-    return (merged + lora.delta_weight(layer, left_out)).to(weight.dtype), bias
+    return (merged + lora_forms.delta_weight(layer, left_out)).to(weight.dtype), bias
 
 
 def check(config: lora.LoraConfig, path: str, p: Leaf) -> None:

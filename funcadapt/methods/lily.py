@@ -32,12 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcadapt import scalings
+from funcadapt._torch import unflatten
+from funcadapt.checks import check_layers, check_leaves, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
+from funcadapt.forms import KINDS, kaiming
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods.vera import check_leaves
 from funcadapt.sites import Site
 from funcadapt.tying import tie
 
@@ -76,12 +78,8 @@ class LilyConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.stride_A < 1:
-            raise ValueError("`stride_A` must be at least 1.")
+        check_positive(self, "r", "stride_A")
+        check_layers(self)
         if self.num_B < 2:
             raise ValueError("`num_B` must be at least 2 for the router to be trained.")
 
@@ -95,26 +93,25 @@ def buffers(config: LilyConfig) -> dict[str, Tensor]:
     return {"scaling": torch.tensor(config.scaling, dtype=torch.float64)}
 
 
-def _inputs(site: Site) -> int:
-    return math.prod((site.in_features, *site.shape[2:]))
+def _shapes(site: Site, config: LilyConfig) -> tuple[tuple[int, int], ...]:
+    """Of A, B and R."""
+    r, n = config.r, config.num_B
+    return (r, math.prod((site.in_features, *site.shape[2:]))), (n * r, site.out_features), (n, r)
 
 
 def init(site: Site, config: LilyConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """A and R kaiming-uniform, B zero, or as they are."""
-    r, inputs, out = config.r, _inputs(site), site.out_features
-    a = draw.uniform(r, inputs, bound=1 / math.sqrt(inputs))
-    router = draw.uniform(config.num_B, r, bound=1 / math.sqrt(r))
-    rows = config.num_B * r
-    b = draw.zeros(rows, out) if config.init_weights else draw.uniform(rows, out, bound=1 / math.sqrt(out))
+    a, b, router = _shapes(site, config)
+    first, routes = kaiming(draw, *a), kaiming(draw, *router)
+    second = draw.zeros(*b) if config.init_weights else kaiming(draw, *b)
     scaling = {name: draw.cast(value) for name, value in buffers(config).items()}
-    return Fresh({"lily_A": a, "lily_B": b, "lily_router": router}, scaling)
+    return Fresh({"lily_A": first, "lily_B": second, "lily_router": routes}, scaling)
 
 
 def warm(site: Site, config: LilyConfig, draw: Draw) -> None:
     """PEFT builds A, B and R as layers, which draw their own init, before it draws A and R again."""
-    r, rows, out = config.r, config.num_B * config.r, site.out_features
-    for count, inputs in ((r, _inputs(site)), (rows, out), (config.num_B, r)):
-        draw.uniform(count, inputs, bound=1 / math.sqrt(inputs))
+    for shape in _shapes(site, config):
+        kaiming(draw, *shape)
 
 
 def _target(config: LilyConfig, path: str) -> str:
@@ -141,13 +138,12 @@ def share(sites: Sequence[Site], config: LilyConfig, draw: Draw, weight: Callabl
     return Shared({}, {}, at)
 
 
-def _down(layer: Layer, x: Tensor, a: Tensor) -> Tensor:
-    """The input through A (n, columns): (rows, ..., n), channels last."""
+def _down(layer: Layer, x: Tensor, a: Tensor, n: int) -> Tensor:
+    """The input through the n rows of A: (rows, ..., n), channels last."""
     site = layer.site
     if x.is_floating_point() and x.dtype != a.dtype:
         x = x.to(a.dtype)
-    h = layer.linear(x, a.reshape(-1, site.in_features, *site.shape[2:]))
-    return h.movedim(1 - len(site.shape), -1)
+    return layer.linear(x, a.reshape(n, site.in_features, *site.shape[2:])).movedim(1 - len(site.shape), -1)
 
 
 def _add(layer: Layer, y: Tensor, update: Tensor) -> Tensor:
@@ -163,7 +159,7 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s h sum_e q_e B_e."""
     router, b = p["lily_router"], p["lily_B"]
     count, r = router.shape
-    h = _down(layer, x, p["lily_A"].reshape(r, _inputs(layer.site)))
+    h = _down(layer, x, p["lily_A"], r)
     each = _probabilities(F.linear(h, router)).reshape(-1, count)
     q = each.sum(0) / max(each.shape[0], 1)  # a mean of nothing would be no number
     mixed = torch.mv(b.reshape(count, -1).t(), (q * p["scaling"]).to(b.dtype)).view(r, layer.site.out_features)
@@ -185,7 +181,7 @@ def masked(layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Tenso
     """
     router, b = p["lily_router"], p["lily_B"]
     n, count, r = router.shape
-    every = _down(layer, x, p["lily_A"].reshape(n * r, _inputs(layer.site)))
+    every = _down(layer, x, p["lily_A"], n * r)
     choice = choice.to(every.dtype)
     h = every.reshape(choice.shape[0], -1, n, r)
     logits = torch.einsum("gjnr,gn,nbr->gjb", h, choice, router)
@@ -207,14 +203,12 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
 def with_rank(p: Leaf, rank: int, other: int) -> Leaf:
     """A, B and R with zeros for more ranks, or with fewer of them."""
     more, new = other - rank, dict(p)
-    router = p["lily_router"]
-    new["lily_router"] = F.pad(router, (0, more))
+    new["lily_router"] = F.pad(p["lily_router"], (0, more))
     if "lily_A" in p:
         new["lily_A"] = F.pad(p["lily_A"], (0, 0, 0, more))
     if "lily_B" in p:
-        b = p["lily_B"]
-        lead, out = b.shape[:-2], b.shape[-1]
-        new["lily_B"] = F.pad(b.reshape(*lead, -1, rank, out), (0, 0, 0, more)).reshape(*lead, -1, out)
+        each = unflatten(p["lily_B"], -2, (-1, rank))
+        new["lily_B"] = F.pad(each, (0, 0, 0, more)).flatten(-3, -2)
     return new
 
 
@@ -225,26 +219,8 @@ def check(config: LilyConfig, path: str, p: Leaf) -> None:
 
 
 def describe(config: LilyConfig, leaves: Mapping[str, Leaf]) -> LilyConfig:
-    """The config with the scaling that the leaves have.
-
-    Args:
-        config: the config.
-        leaves: the leaves of each site, by path.
-
-    Returns:
-        The config.
-
-    Raises:
-        SiteError: if the sites have different ones, which no config can say.
-    """
-    own = {path: p["scaling"] for path, p in leaves.items() if "scaling" in p and not p["scaling"].is_meta}
-    said = {float(s) for s in own.values() if not torch.equal(s.cpu(), buffers(config)["scaling"].to(s.dtype))}
-    if not said:
-        return config
-    if len({float(s) for s in own.values()}) > 1:
-        raise SiteError(f"The sites {', '.join(map(repr, [*own][:3]))} ... have different scalings, which no "
-                        "LilyConfig can say: multiply their lily_B instead.")  # fmt: skip
-    return dataclasses.replace(config, scaling=said.pop())
+    """The config with the scaling that the leaves have, the same at all sites."""
+    return scalings.describe_common(config, leaves, buffers(config)["scaling"], "lily_B")
 
 
 METHOD = register(

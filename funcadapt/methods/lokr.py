@@ -37,21 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_weight
+from funcadapt.forms import KINDS, add_weight, kaiming
 from funcadapt.layer import Layer
 from funcadapt.lora_leaves import neutral
+from funcadapt.lycoris import LycorisConfig, buffers, core_shape, dropped, factorization, has_core, rate, refuse_dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.loha import (
-    LycorisConfig,
-    buffers,
-    core_shape,
-    describe,
-    dropped,
-    has_core,
-    kaiming,
-    rate,
-    refuse_dropout,
-)
+from funcadapt.scalings import describe
 from funcadapt.sites import Site
 
 
@@ -85,39 +76,11 @@ class LoKrConfig(LycorisConfig):
         return next((leaves[name].shape[-2] for name in ("lokr_w2_b", "lokr_w1_b") if name in leaves), 0)
 
 
-def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Two numbers whose product is a third one, as in PEFT and LyCORIS.
-
-    Args:
-        dimension: the product.
-        factor: one of the two, if it divides; otherwise what the smaller one may not exceed. -1: both near the root.
-
-    Returns:
-        The numbers; the smaller one first, unless the factor divides.
-
-    Example:
-        >>> factorization(128), factorization(127), factorization(128, 4), factorization(250, 6)
-        ((8, 16), (1, 127), (4, 32), (5, 50))
-    """
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    limit = dimension if factor == -1 else factor
-    m, n = 1, dimension
-    while m < n:
-        larger = next(d for d in range(m + 1, dimension + 1) if dimension % d == 0)
-        if larger + dimension // larger > dimension + 1 or larger > limit:
-            break
-        m, n = larger, dimension // larger
-    return min(m, n), max(m, n)
-
-
 def init(site: Site, config: LoKrConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """W1 and W2, whole or in factors; one of them zero unless `init_weights` is false."""
     refuse_dropout(site, config)
     r, how, kernel = config.r, config.init_weights, site.shape[2:]
-    (l, k), (m, n) = (  # noqa: E741
-        factorization(size, config.decompose_factor) for size in site.shape[:2]
-    )
+    (l, k), (m, n) = (factorization(size, config.decompose_factor) for size in site.shape[:2])  # noqa: E741
     shapes: dict[str, tuple[int, ...]] = {}
     if config.decompose_both and r < max(l, m) / 2:
         shapes |= {"lokr_w1_a": (l, r), "lokr_w1_b": (r, m)}
@@ -130,10 +93,7 @@ def init(site: Site, config: LoKrConfig, draw: Draw, weight: Callable[[], Tensor
     else:
         shapes |= {"lokr_w2_a": (k, r), "lokr_w2_b": (r, n * math.prod(kernel))}
     zero = ("lokr_w2", "lokr_w2_b") if how == "lycoris" else ("lokr_w1", "lokr_w1_a") if how else ()
-    params = {
-        name: draw.zeros(*shape) if name in zero else kaiming(draw, *shape)  # a line
-        for name, shape in shapes.items()
-    }
+    params = {name: draw.zeros(*shape) if name in zero else kaiming(draw, *shape) for name, shape in shapes.items()}
     return Fresh(params, {name: draw.cast(value) for name, value in buffers(config).items()})
 
 
@@ -171,12 +131,17 @@ def delta_weight(site: Site, p: Leaf) -> Tensor:
     return torch.einsum(f"lm,kns->{order}", w1, w2.flatten(2) if w2.ndim > 2 else w2.unsqueeze(2)).reshape(site.shape)
 
 
+def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
+    """Whether the Kronecker product is made."""
+    return layer.site.groups > 1 or _reordered(layer.site, p)
+
+
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * (W1 kron W2) x, in y's dtype."""
     site = layer.site
     scaling, kept = dropped(layer, p["scaling"])
     p = {**p, "scaling": scaling}
-    if site.kind == "embedding" or site.groups > 1 or _reordered(site, p):
+    if site.kind == "embedding" or folds(layer, p, x):
         delta = delta_weight(site, p)
         return add_weight(layer, x, y, delta if kept is None else delta * layer.rows(kept))
     w1 = _left(p)
@@ -244,6 +209,7 @@ METHOD = register(
         },
         init=init,
         after=after,
+        folds=folds,
         weight=weight,
         buffers=buffers,
         describe=describe,

@@ -21,20 +21,19 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt import lora_inits, lowrank
+from funcadapt.checks import check_layers, check_positive, check_rates
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer, dropout
+from funcadapt.lora_forms import add_delta, delta_weight, grouped, masked
 from funcadapt.lora_inits import residual
-from funcadapt.lora_leaves import buffers, check, describe, layout, neutral, pack, unpack, with_rank
+from funcadapt.lora_leaves import buffers, check, describe, layout, neutral, pack, rank_of, unpack, with_rank
 from funcadapt.lora_variants import Unclaimed, check_variant
 from funcadapt.lora_view import VIEW
-from funcadapt.lowrank import factors
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of, register
 from funcadapt.sites import Site
 
@@ -135,15 +134,8 @@ class LoraConfig(AdapterConfig):
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")
         super().__post_init__()
-        for name, r in {"r": self.r, **self.rank_pattern}.items():
-            if not isinstance(r, int) or r <= 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise ValueError(f"`r` should be a positive integer value but the value passed is {r} ({name!r}).")
-        if isinstance(self.target_modules, str):
-            for field in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, field) is not None:
-                    raise ValueError(f"`{field}` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        check_positive(self, "r")
+        check_layers(self, of_names=True)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
@@ -154,8 +146,7 @@ class LoraConfig(AdapterConfig):
                              f"init_lora_weights={self.init_lora_weights!r} instead.")  # fmt: skip
         if self.lora_bias and self.use_dora:
             raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        check_rates(self, "lora_dropout")
         check_variant(self)
 
     def label(self) -> str:
@@ -164,18 +155,7 @@ class LoraConfig(AdapterConfig):
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
         """The rank of one site's leaves."""
-        if "lora_embedding_A" in leaves:
-            return leaves["lora_embedding_A"].shape[0]
-        if "lora_A" not in leaves or "lora_B" not in leaves:
-            return 0
-        a, b = leaves["lora_A"].shape, leaves["lora_B"].shape
-        said = (self.r, *self.rank_pattern.values())
-        three = len(a) == len(b) == 3 and a[0] == b[0]
-        blocks = a[1] in said and self.use_bdlora and a[1] == b[2] * self.use_bdlora.get("nblocks", 1) if three else 0
-        experts = three and bool(a[1] == b[2] or blocks)
-        if experts and a[1] == 1 and 1 not in said and a[0] in said:
-            return a[0]  # a convolution of one channel with as many outputs as ranks
-        return a[1] if experts else a[0]
+        return rank_of(self, leaves)
 
 
 def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
@@ -192,28 +172,6 @@ def init(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor
     return Fresh(lora_inits.new(site, config, draw, weight, number), scaling)
 
 
-PRODUCTS = frozenset({"linear", "hf_conv1d"})  # kinds whose forward is one product, over rows of any number
-
-
-def add_delta(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
-    """The output with the update, y + s * B A x, in the dtype that promotes both; `x` has had its dropout."""
-    a, dims = p.get("lora_A"), x.dim()
-    if a is not None and dims > 1 and a.dtype == x.dtype and layer.site.kind in PRODUCTS and "lora_B_bias" not in p:
-        b = p["lora_B"]
-        h = torch.mm(x if dims == 2 else x.reshape(-1, x.shape[-1]), a.t()) * p["scaling"]
-        if h.dtype != y.dtype:  # the base layer answered in another dtype, or autocast is on
-            return y + F.linear(h, b).view(y.shape)
-        # one fused product: no temporary of the output's size. It would broadcast y: the view says no.
-        return torch.addmm(y if dims == 2 else y.reshape(-1, y.shape[-1]), h, b.t()).view(y.shape)
-    a, b, scaling = factors(p)
-    if x.is_floating_point() and x.dtype != a.dtype:
-        x = x.to(a.dtype)
-    delta = layer.pointwise(layer.linear(x, a) * scaling, b)
-    if "lora_B_bias" in p:
-        delta = delta + layer.per_output(p["lora_B_bias"] * scaling)
-    return y + delta
-
-
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * B A drop(x), in y's dtype."""
     config: Any = layer.config
@@ -221,77 +179,6 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
         x = dropout(layer, x, config.lora_dropout)
     out = add_delta(layer, p, x, y)
     return out if out.dtype == y.dtype else out.to(y.dtype)
-
-
-def _batchable(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> bool:
-    """Whether the layer is a plain product in one dtype, for the hand-written forms below."""
-    a = p.get("lora_A")
-    if a is None or "lora_B_bias" in p or layer.site.kind not in PRODUCTS:
-        return False
-    return a.dtype == x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type)
-
-
-def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:
-    """`after` for N adapters at once: two batched products, no temporary of the output's size.
-
-    Args:
-        layer: the layer.
-        p: the leaves, `lora_A` (N, r, in), `lora_B` (N, out, r), `scaling` (N).
-        x: (N * rows, ..., in).
-        y: (N * rows, ..., out).
-
-    Returns:
-        Of y's shape; NotImplemented where the layer is no plain product, or the dtypes differ.
-    """
-    if not _batchable(layer, p, x, y):
-        return NotImplemented
-    config: Any = layer.config
-    if config.lora_dropout:
-        x = dropout(layer, x, config.lora_dropout)
-    a, b = p["lora_A"], p["lora_B"]
-    n = a.shape[0]
-    tokens = x.numel() // (n * x.shape[-1]) if x.shape[-1] else 0
-    # h (N, r, tokens): in this order the gradients of A and of a column-major B come out as the leaves are stored
-    h = torch.bmm(a, x.reshape(n, tokens, x.shape[-1]).transpose(1, 2)) * p["scaling"].view(n, 1, 1)
-    return torch.baddbmm(y.reshape(n, tokens, y.shape[-1]), h.transpose(1, 2), b.transpose(1, 2)).view(y.shape)
-
-
-def masked(layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Any:
-    """`after` for groups of rows that choose among N adapters: one product with all of them, all but one masked.
-
-    Args:
-        layer: the layer.
-        p: the leaves, as in `grouped`.
-        x: (groups * rows, ..., in).
-        y: (groups * rows, ..., out).
-        choice: (groups, N), at most one 1 in each.
-
-    Returns:
-        Of y's shape; NotImplemented as in `grouped`.
-    """
-    if not _batchable(layer, p, x, y):
-        return NotImplemented
-    config: Any = layer.config
-    if config.lora_dropout:
-        x = dropout(layer, x, config.lora_dropout)
-    a, b = p["lora_A"], p["lora_B"]
-    n, r = a.shape[:2]
-    h = torch.mm(x.reshape(-1, x.shape[-1]), a.reshape(n * r, a.shape[2]).t())
-    h = h.view(choice.shape[0], -1, n, r) * (choice * p["scaling"]).view(-1, 1, n, 1)
-    all_b = b.transpose(1, 2).reshape(n * b.shape[2], b.shape[1])
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h.view(-1, n * r), all_b).view(y.shape)
-
-
-def delta_weight(layer: Layer, p: Leaf) -> Tensor:
-    """S * B A in canonical form."""
-    a, b, scaling = factors(p)
-    if layer.site.groups > 1:
-        raise SiteError(
-            f"LoRA on the grouped convolution {layer.site.path!r} has no dense form: lora_A reads every input channel, "
-            "the base weight only those of its group. Keep the adapter unmerged."
-        )
-    kernel = a.shape[2:]
-    return (b.flatten(1) * scaling @ a.flatten(1)).reshape(b.shape[0], a.shape[1], *kernel)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

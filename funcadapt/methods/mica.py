@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from funcadapt import lowrank
+from funcadapt import lora_forms, lowrank
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS
@@ -76,8 +76,8 @@ METHOD = register(
         dropout=lora.METHOD.dropout,
         reads=frozenset(),
         neutral=lora.neutral,
-        grouped=lora.grouped,
-        masked=lora.masked,
+        grouped=lora_forms.grouped,
+        masked=lora_forms.masked,
         view=lora.VIEW,
     )
 )

@@ -150,6 +150,11 @@ def _sums(layer: Layer, x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
     return sums + F.pad(x[..., whole:], (0, r - rest)) if rest else sums
 
 
+def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
+    """Whether the update is as large as the weight: Bat's."""
+    return getattr(layer.config, "init_weights", None) == "bat"
+
+
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + D^T u, in y's dtype."""
     config, site, block = layer.config, layer.site, _block(layer, p)
@@ -196,6 +201,7 @@ METHOD = register(
         keys={"miss_block": "miss_block"},
         init=init,
         after=after,
+        folds=folds,
         weight=weight,
         check=check,
         dropout=_rate,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcadapt import lora_inits, lora_view, lowrank
+from funcadapt import lora_forms, lora_inits, lora_view, lowrank
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
 from funcadapt.lora_variants import asks, setting, settings
@@ -121,7 +121,7 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * B A' drop(x)."""
     config: Any = layer.config
     x = dropout(layer, x, config.lora_dropout)
-    return lora.add_delta(layer, drawn(config, p) if layer.training else p, x, y).to(y.dtype)
+    return lora_forms.add_delta(layer, drawn(config, p) if layer.training else p, x, y).to(y.dtype)
 
 
 def divergence(config: Any, p: Leaf, found: Sample) -> Tensor:

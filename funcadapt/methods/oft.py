@@ -25,17 +25,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from funcadapt._torch import linalg, unflatten
+from funcadapt.checks import check_layers, check_one_of
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS
+from funcadapt.holders import holder
 from funcadapt.layer import Layer
+from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.orthogonal import cayley, convolved, rotated, size_of, skew, turns_input, without_autocast
 from funcadapt.sites import Site
 
 
@@ -85,23 +88,8 @@ class OFTConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        if self.r == 0 and self.oft_block_size == 0:
-            raise ValueError(
-                f"Either `r` or `oft_block_size` must be non-zero. Currently, r = {self.r} and oft_block_size = "
-                f"{self.oft_block_size}."
-            )
-        if self.r != 0 and self.oft_block_size != 0:
-            raise ValueError(
-                f"You can only specify either r ({self.r}) or oft_block_size ({self.oft_block_size}), but not both "
-                "simultaneously, because r x oft_block_size == in_features."
-            )
-
-
-def size_of(site: Site) -> int:
-    """How many numbers are rotated: the inputs, those of a kernel, or the width of an embedding."""
-    return site.out_features if site.kind == "embedding" else math.prod(site.shape[1:])
+        check_layers(self)
+        check_one_of(self, "r", "oft_block_size")
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
@@ -129,53 +117,8 @@ def init(site: Site, config: OFTConfig, draw: Draw, weight: Callable[[], Tensor]
     return Fresh({_name(site): draw.zeros(*shape) if config.init_weights else draw.normal(*shape, std=0.1)}, {})
 
 
-def skew(vectors: Tensor, side: int) -> Tensor:
-    """The skew matrices (n, side, side) with the given numbers (n, side (side - 1) / 2) above their diagonals."""
-    rows, columns = torch.triu_indices(side, side, 1, device=vectors.device).unbind(0)
-    places = (rows * side + columns).expand(vectors.shape[0], -1)
-    # contiguous matrices: products with others are several times slower on a CPU
-    upper = vectors.new_zeros(vectors.shape[0], side * side).scatter(1, places, vectors)
-    upper = unflatten(upper, 1, (side, side))
-    return upper - upper.mT
-
-
-def cayley(q: Tensor, terms: int | None) -> Tensor:
-    """Orthogonal matrices from skew ones.
-
-    Args:
-        q: skew matrices, (n, side, side).
-        terms: None for (I - Q) (I + Q)^-1; otherwise the length of the series of (I + Q) (I - Q)^-1.
-
-    Returns:
-        As `q`.
-    """
-    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    if terms is None:
-        return linalg.solve_ex(eye + q, eye - q)[0]  # never singular, so no check, for which a GPU would wait
-    if terms < 2:
-        return eye + 0 * q
-    if terms == 2:
-        return eye + 2 * q
-    last = max(3, terms - 1)
-    partial = q + 2 * eye  # Horner: I + Q (2 I + Q (2 I + ... (2 I + Q)))
-    for power in range(last - 1):
-        partial = torch.baddbmm(eye, q, partial, beta=1 if power == last - 2 else 2)
-    return partial
-
-
 def rotations(layer: Layer, p: Leaf) -> Tensor:
-    """The blocks of R, (n or 1, side, side), in at least float32.
-
-    Args:
-        layer: the layer.
-        p: the leaves.
-
-    Returns:
-        The blocks.
-
-    Raises:
-        SiteError: if they do not make the size of the site.
-    """
+    """The blocks of R, (n or 1, side, side), in at least float32. Any other size raises."""
     config, vectors = layer.config, p[_name(layer.site)]
     assert isinstance(config, OFTConfig)
     blocks, numbers = vectors.shape
@@ -189,52 +132,13 @@ def rotations(layer: Layer, p: Leaf) -> Tensor:
         squares = 2 * vectors.square().sum(1, keepdim=True)  # of the norms of the skew matrices
         vectors = vectors * (limit / squares.clamp_min(limit)).sqrt()
     terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
-    if torch.is_autocast_enabled(vectors.device.type):
-        with torch.autocast(vectors.device.type, enabled=False):
-            return cayley(skew(vectors, side), terms)
-    return cayley(skew(vectors, side), terms)
-
-
-def rotated(x: Tensor, blocks: Tensor) -> Tensor:
-    """X R, for the rows of x.
-
-    Args:
-        x: (*batch, n * side).
-        blocks: (n, side, side), or (1, side, side) for all.
-
-    Returns:
-        Of x's shape.
-    """
-    side = blocks.shape[-1]
-    if blocks.shape[0] == 1:
-        return (x.reshape(-1, side) @ blocks[0]).reshape(x.shape)
-    rows = x.reshape(-1, blocks.shape[0], side)
-    return torch.bmm(rows.transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
-
-
-def convolved(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """A weight in canonical form applied as a convolution's own, with its groups.
-
-    Args:
-        layer: the layer.
-        x: its input.
-        weight: (n, in / groups, *kernel), where the first n / groups outputs see the first group, and so on.
-
-    Returns:
-        The n outputs, without a bias.
-    """
-    site, outputs = layer.site, weight.shape[0]
-    if site.groups > 1:  # zeros where an output does not see the input
-        ones = (1,) * (weight.ndim - 1)
-        eye = torch.eye(site.groups, dtype=weight.dtype, device=weight.device)
-        weight = weight.reshape(site.groups, -1, 1, *weight.shape[1:]) * eye.reshape(site.groups, 1, site.groups, *ones)
-        weight = weight.reshape(outputs, site.in_features, *site.shape[2:])
-    return layer.linear(x.to(weight.dtype), weight)
+    with without_autocast(vectors.device):
+        return cayley(skew(vectors, side), terms)
 
 
 def before(layer: Layer, p: Leaf, x: Tensor) -> Tensor:
     """X R; nothing at embeddings and convolutions."""
-    if layer.site.kind == "embedding" or layer.site.kind.startswith("conv"):
+    if not turns_input(layer.site):
         return x
     dtype = torch.promote_types(x.dtype, p["oft_R"].dtype)
     return rotated(x.to(dtype), rotations(layer, p).to(dtype)).to(x.dtype)
@@ -245,7 +149,7 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     if layer.site.kind == "embedding":
         dtype = torch.promote_types(y.dtype, p["oft_embedding_R"].dtype)
         return rotated(y.to(dtype), rotations(layer, p).to(dtype)).to(y.dtype)
-    if not layer.site.kind.startswith("conv"):
+    if turns_input(layer.site):
         return y
     blocks = rotations(layer, p)
     base = layer.weight.to(blocks.dtype)
@@ -271,19 +175,6 @@ def check(config: OFTConfig, path: str, p: Leaf) -> None:
         raise SiteError(f"The site {path!r} has {names} of shape {tuple(shape)}, no rotations of this config.")
 
 
-class OFTRotationModule(nn.Module):
-    """What PEFT's `oft_R` holds for each adapter, in the in-place view."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
-def holder(site: Site, base: nn.Module, container: str, parts: Mapping[str, Tensor]) -> nn.Module:
-    """The module that holds the numbers in the in-place view."""
-    return OFTRotationModule(parts["weight"])
-
-
 METHOD = register(
     Method(
         name="oft",
@@ -298,7 +189,14 @@ METHOD = register(
         check=check,
         reads=frozenset({"coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"}),
         rank_field="",  # r counts blocks
-        neutral=lambda p: {name: torch.zeros_like(leaf) for name, leaf in p.items()},
-        view=View("oft", "OFT", "oft_", containers=("oft_R", "oft_embedding_R"), label="oft.", holder=holder),
+        neutral=neutral,
+        view=View(
+            "oft",
+            "OFT",
+            "oft_",
+            containers=("oft_R", "oft_embedding_R"),
+            label="oft.",
+            holder=holder("OFTRotationModule"),
+        ),
     )
 )

@@ -26,18 +26,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from funcadapt import targets
-from funcadapt._torch import is_compiling, linalg
+from funcadapt._torch import linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product
+from funcadapt.forms import KINDS, add_product, matrix
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.projecting import projected
 from funcadapt.sites import Site
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
@@ -119,7 +120,7 @@ def kept(site: Site, config: OSFConfig) -> int:
     Raises:
         SiteError: if nothing would be kept.
     """
-    out, columns = _sides(site)
+    out, columns = matrix(site)
     rank, size = config.effective_rank, min(out, columns)
     if rank is None:
         rank = size // 2
@@ -132,15 +133,11 @@ def kept(site: Site, config: OSFConfig) -> int:
     return rank
 
 
-def _sides(site: Site) -> tuple[int, int]:
-    return site.out_features, torch.Size(site.shape[1:]).numel()
-
-
 def _decomposed(
     site: Site, config: OSFConfig, draw: Draw, weight: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """U, S and V of the weight, and how many of them are kept."""
-    (out, columns), high = _sides(site), kept(site, config)
+    (out, columns), high = matrix(site), kept(site, config)
     size = min(out, columns)
     if draw.abstract:
         return draw.zeros(out, size), draw.zeros(size), draw.zeros(size, columns), high
@@ -151,7 +148,7 @@ def _decomposed(
 def init(site: Site, config: OSFConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """The small singular directions, or normal numbers if `init_weights` is false."""
     if config.init_weights is False:
-        (out, columns), high = _sides(site), kept(site, config)
+        (out, columns), high = matrix(site), kept(site, config)
         k = min(out, columns) - high
         low = draw.normal(out, k), draw.normal(k), draw.normal(k, columns)
     else:
@@ -164,59 +161,12 @@ def derive(site: Site, config: OSFConfig, draw: Draw, weight: Callable[[], Tenso
     """The decomposition as it was: its small directions, and the large ones on the longer side."""
     u, s, v, high = _decomposed(site, config, draw, weight)
     leaves = {"osf_U_low_init": u[:, high:], "osf_S_low_init": s[high:], "osf_V_low_init": v[high:]}
-    out, columns = _sides(site)
+    out, columns = matrix(site)
     if out > columns:
         leaves["osf_U_high"] = u[:, :high]
     if columns > out:
         leaves["osf_V_high"] = v[:high]
     return {name: leaf.clone(memory_format=torch.contiguous_format) for name, leaf in leaves.items()}
-
-
-def _project(t: Tensor, basis: Tensor, outside: bool) -> Tensor:
-    """The columns of `t` on the span of those of `basis`, or on what is orthogonal to it."""
-    on = basis @ (basis.mT @ t)
-    return t - on if outside else on
-
-
-class _Projected(torch.autograd.Function):
-    """The identity, whose derivative is a projection: it costs nothing where nothing is differentiated."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(t: Tensor, basis: Tensor, outside: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return t.view_as(t)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, basis, ctx.outside = inputs
-        ctx.save_for_backward(basis)
-        ctx.save_for_forward(basis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _project(grad, ctx.saved_tensors[0], ctx.outside), None, None  # a projection is its own adjoint
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _project(tangent, ctx.saved_tensors[0], ctx.outside)
-
-
-def projected(t: Tensor, basis: Tensor, outside: bool) -> Tensor:
-    """`t`, with a projected gradient.
-
-    Args:
-        t: (n, k).
-        basis: (n, m), orthonormal columns.
-        outside: whether the gradient is projected on what is orthogonal to the basis, rather than on its span.
-
-    Returns:
-        The same values.
-    """
-    if is_compiling():  # dynamo takes no function with a forward mode of its own
-        through = _project(t, basis, outside)
-        return through + (t - through).detach()
-    return _Projected.apply(t, basis, outside)  # pyright: ignore
 
 
 def factors(p: Leaf) -> tuple[Tensor, Tensor]:
@@ -231,6 +181,12 @@ def factors(p: Leaf) -> tuple[Tensor, Tensor]:
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + U S V x - U_0 S_0 V_0 x."""
     return add_product(layer, x, y, *factors(p))
+
+
+def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
+    """Whether there are so many tokens that U S V is better made once."""
+    (out, columns), tokens = matrix(layer.site), x.numel() // layer.site.in_features
+    return min(tokens, 4 * p["osf_S_low"].shape[-1]) * (out + columns) > out * columns
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -259,6 +215,7 @@ METHOD = register(
         init=init,
         derive=derive,
         after=after,
+        folds=folds,
         weight=weight,
         check=check,
         reads=frozenset(),

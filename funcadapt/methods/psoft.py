@@ -23,19 +23,21 @@ as in PEFT: the signs of singular vectors are the library's choice, so that a ch
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from funcadapt._torch import fork_rng, linalg
+from funcadapt import svd
+from funcadapt.checks import check_layers, check_rates
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, refuse_dropout
+from funcadapt.forms import KINDS, add_product, matrix, refuse_dropout
+from funcadapt.holders import holder
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.oft import cayley, convolved, skew
+from funcadapt.orthogonal import cayley, skew, without_autocast
 from funcadapt.sites import Site
 
 
@@ -93,31 +95,22 @@ class PsoftConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        if self.r <= 0:
-            raise ValueError(f"`r` must be a positive integer; got {self.r}.")
+        check_layers(self, of_names=True)
+        for name in ("r", "num_cayley_neumann_terms") if self.use_cayley_neumann else ("r",):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be a positive integer; got {getattr(self, name)}.")
         for name, allowed in (("ab_svd_init", ["pissa_init", "psoft_init"]), ("psoft_svd", ["full", "lowrank"])):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
         eps = self.cayley_neumann_eps
-        if self.use_cayley_neumann and self.num_cayley_neumann_terms <= 0:
-            raise ValueError(
-                f"`num_cayley_neumann_terms` must be a positive integer; got {self.num_cayley_neumann_terms}."
-            )
         if self.use_cayley_neumann and eps is not None and not 0 < eps < 1:
             raise ValueError(f"`cayley_neumann_eps` must be in (0, 1) when set; got {eps}.")
-        if not 0 <= self.psoft_dropout < 1:
-            raise ValueError(f"`psoft_dropout` must be in [0, 1), got {self.psoft_dropout}.")
+        check_rates(self, "psoft_dropout")
 
 
 def init(site: Site, config: PsoftConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """Q zero, or small normal numbers if `init_weights` is false; any matrix near the identity."""
-    r, most = config.r, min(site.out_features, math.prod(site.shape[1:]))
+    r, most = config.r, min(matrix(site))
     refuse_dropout(site, "psoft_dropout", config.psoft_dropout)
     if r > most:
         raise SiteError(f"`r` ({r}) must be at most {most} at {site.path!r}, whose weight has shape {site.shape}.")
@@ -131,87 +124,55 @@ def init(site: Site, config: PsoftConfig, draw: Draw, weight: Callable[[], Tenso
 
 def derive(site: Site, config: PsoftConfig, draw: Draw, weight: Callable[[], Tensor]) -> dict[str, Tensor]:
     """A and B, from the SVD of the base weight."""
-    r = config.r
+    (out, columns), r = matrix(site), config.r
     if draw.abstract:
-        return {"psoft_A": draw.zeros(r, math.prod(site.shape[1:])), "psoft_B": draw.zeros(site.out_features, r)}
-    w = weight().detach().flatten(1).float()
-    if config.psoft_svd == "full":
-        u, s, vh = linalg.svd(w, full_matrices=False)
-    else:
-        # svd_lowrank takes no generator, only torch's own
-        with fork_rng(devices=[] if w.device.type == "cpu" else [w.device], device_type=w.device.type):
-            torch.manual_seed(config.random_seed)  # pyright: ignore[reportUnknownMemberType]
-            u, s, v = torch.svd_lowrank(w, q=r, niter=config.psoft_svd_lowrank_niter)
-        vh = v.t()
-    u, s, vh = u[:, :r], s[:r], vh[:r]
+        return {"psoft_A": draw.zeros(r, columns), "psoft_B": draw.zeros(out, r)}
+    niter = config.psoft_svd_lowrank_niter if config.psoft_svd == "lowrank" else None
+    u, s, vh = svd.largest(weight().detach().flatten(1).float(), r, niter, config.random_seed)
     if config.ab_svd_init == "psoft_init":
         return {"psoft_A": draw.cast(vh.contiguous()), "psoft_B": draw.cast((u * s).contiguous())}
     return {"psoft_A": draw.cast(s.sqrt()[:, None] * vh), "psoft_B": draw.cast(u * s.sqrt())}
 
 
-def turn(config: PsoftConfig, p: Leaf) -> Tensor:
-    """R - I, (r, r), in at least float32.
-
-    Args:
-        config: the config.
-        p: the leaves.
-
-    Returns:
-        The matrix.
-    """
-    numbers, r = p["psoft_R"], p["psoft_A"].shape[0]
-    wide = torch.promote_types(numbers.dtype, torch.float32)
-    numbers = numbers.to(wide)
+def turn(config: Any, p: Leaf) -> Tensor:
+    """R - I, (r, r), in at least float32."""
+    r, wide = p["psoft_A"].shape[0], torch.promote_types(p["psoft_R"].dtype, torch.float32)
+    numbers = p["psoft_R"].to(wide)
     if config.psoft_orth:
         numbers = numbers.reshape(1, r * (r - 1) // 2)
-        if config.use_cayley_neumann:
-            if config.cayley_neumann_eps is not None:
-                limit = config.cayley_neumann_eps**2
-                numbers = numbers * (limit / (2 * numbers.square().sum()).clamp_min(limit)).sqrt()
-            matrix = _cayley(skew(numbers, r), config.num_cayley_neumann_terms)
-        else:
-            matrix = _cayley(-skew(numbers, r), None)
-    else:
-        matrix = numbers.reshape(r, r)
+        if config.use_cayley_neumann and config.cayley_neumann_eps is not None:
+            limit = config.cayley_neumann_eps**2
+            numbers = numbers * (limit / (2 * numbers.square().sum()).clamp_min(limit)).sqrt()
+        terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        q = skew(numbers, r)  # the series is of (I + Q) (I - Q)^-1, the solve of (I - Q) (I + Q)^-1
+        with without_autocast(q.device):
+            numbers = cayley(-q if terms is None else q, terms)
+    rotation = numbers.reshape(r, r)
     if "psoft_vector_b" in p:
-        matrix = p["psoft_vector_b"].to(wide).reshape(r, 1) * matrix
+        rotation = p["psoft_vector_b"].to(wide).reshape(r, 1) * rotation
     if "psoft_vector_a" in p:
-        matrix = matrix * p["psoft_vector_a"].to(wide).reshape(1, r)
-    return matrix - torch.eye(r, dtype=wide, device=matrix.device)
-
-
-def _cayley(q: Tensor, terms: int | None) -> Tensor:
-    if not torch.is_autocast_enabled(q.device.type):
-        return cayley(q, terms)[0]
-    with torch.autocast(q.device.type, enabled=False):
-        return cayley(q, terms)[0]
+        rotation = rotation * p["psoft_vector_a"].to(wide).reshape(1, r)
+    return rotation - torch.eye(r, dtype=wide, device=rotation.device)
 
 
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + B (R - I) A drop(x)."""
-    site, config, a, b = layer.site, layer.config, p["psoft_A"], p["psoft_B"]
-    assert isinstance(config, PsoftConfig)
-    r, dtype = a.shape[0], torch.promote_types(y.dtype, a.dtype)
-    matrix, out = turn(config, p), y.to(dtype)
+    config: Any = layer.config
+    site, r, dtype = layer.site, p["psoft_A"].shape[0], torch.promote_types(y.dtype, p["psoft_A"].dtype)
+    change, a, b = turn(config, p), p["psoft_A"].to(dtype), p["psoft_B"].reshape(site.out_features, r)
     if config.psoft_dropout:
         x = dropout(layer, x, config.psoft_dropout)
-    x, a, b = x.to(dtype) if x.is_floating_point() else x, a.to(dtype).reshape(r, *site.shape[1:]), b.to(dtype)
     if site.kind.startswith("conv"):
-        up = (p["psoft_B"].to(matrix.dtype) @ matrix).to(dtype)
-        h = convolved(layer, x, a.repeat(site.groups, *(1,) * (a.ndim - 1)))  # of each group
-        up = up.reshape(site.out_features, r, *(1,) * (a.ndim - 2))
-        return (out + layer.pointwise(h, up)).to(y.dtype)
-    h = layer.linear(x, a).reshape(-1, r) @ matrix.to(dtype).t()
-    b = b.reshape(site.out_features, r)
-    return torch.addmm(out.reshape(-1, site.out_features), h, b.t()).view(y.shape).to(y.dtype)
+        return add_product(layer, x, y, a, (b.to(change.dtype) @ change).to(dtype))
+    x = x.to(dtype) if x.is_floating_point() else x
+    h = layer.linear(x, a.reshape(r, *site.shape[1:])).reshape(-1, r) @ change.to(dtype).t()
+    return torch.addmm(y.to(dtype).reshape(-1, site.out_features), h, b.to(dtype).t()).view(y.shape).to(y.dtype)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + B (R - I) A."""
-    config = layer.config
-    assert isinstance(config, PsoftConfig)
-    matrix = turn(config, p)
-    delta = p["psoft_B"].to(matrix.dtype) @ matrix @ p["psoft_A"].to(matrix.dtype)
+    change = turn(layer.config, p)
+    delta = p["psoft_B"].to(change.dtype) @ change @ p["psoft_A"].to(change.dtype)
     return (weight + delta.reshape(weight.shape)).to(weight.dtype), bias
 
 
@@ -225,20 +186,6 @@ def check(config: PsoftConfig, path: str, p: Leaf) -> None:
     ends = {name: shape[len(shape) - len(expected.get(name, ())) :] for name, shape in found.items()}
     if ends != expected:
         raise SiteError(f"The site {path!r} has the leaves {found}, its config says {expected}.")
-
-
-class OrthLayer(nn.Module):
-    """What PEFT's `psoft_R` holds for each adapter, in the in-place view."""
-
-    def __init__(self, parts: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, value in parts.items():
-            self.register_parameter(name, nn.Parameter(value))
-
-
-def holder(site: Site, base: nn.Module, container: str, parts: Mapping[str, Tensor]) -> nn.Module:
-    """The module that holds the numbers in the in-place view."""
-    return OrthLayer(parts)
 
 
 METHOD = register(
@@ -269,7 +216,7 @@ METHOD = register(
             attributes={
                 name: name for name in ("r", "psoft_alpha", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed")
             },
-            holder=holder,
+            holder=holder("OrthLayer"),
         ),
     )
 )

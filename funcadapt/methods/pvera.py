@@ -30,35 +30,35 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt import targets
-from funcadapt.config import AdapterConfig
+from funcadapt.checks import check_leaves
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
+from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods import vera
-from funcadapt.methods.vera import add_scaled, check_config, check_leaves, down, rank_wise, up, widest
+from funcadapt.random_projections import (
+    ProjectedConfig,
+    add_scaled,
+    dense,
+    down,
+    projections,
+    rank_wise,
+    restore,
+    stored,
+    up,
+    vectors,
+)
 from funcadapt.sites import Site
 
 _WEIGHT_ONLY = frozenset({"mha", "parameter", "experts"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PveraConfig(AdapterConfig):
-    """Config of PVeRA, with PEFT's fields.
+class PveraConfig(ProjectedConfig):
+    """Config of PVeRA, with PEFT's fields: those of `ProjectedConfig`, and some more.
 
     Attributes:
-        r: the rank, larger than LoRA's would be.
-        target_modules: names, a regular expression, "all-linear", or None for the model type's default.
-        projection_prng_key: the seed of A and B.
-        save_projection: whether checkpoints hold A and B.
         pvera_dropout: dropout on the adapter's input, active when the layer is in training mode.
-        d_initial: where the vector inside starts.
-        fan_in_fan_out: PEFT's bookkeeping; the layer's type decides.
-        bias: "none", "all" (train every bias of the model) or "pvera_only" (those of the adapted layers).
-        modules_to_save: modules that are trained in full and saved with the adapter.
-        init_weights: whether the adapter starts as the identity; otherwise l_b is one and l_d normal.
-        layers_to_transform: indices of the layers to adapt.
-        layers_pattern: the name of the layer list, with `layers_to_transform`.
         sample_at_inference: whether to draw in eval mode, too.
         generator_seed: the seed of each layer's own generator, or None for torch's.
 
@@ -67,18 +67,7 @@ class PveraConfig(AdapterConfig):
     """
 
     peft_type: str = "PVERA"
-    r: int = 256
-    target_modules: Sequence[str] | str | None = None
-    projection_prng_key: int = 0
-    save_projection: bool = True
     pvera_dropout: float = 0.0
-    d_initial: float = 0.1
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
-    init_weights: bool = True
-    layers_to_transform: Sequence[int] | int | None = None
-    layers_pattern: Sequence[str] | str | None = None
     sample_at_inference: bool = False
     generator_seed: int | None = None
 
@@ -87,10 +76,6 @@ class PveraConfig(AdapterConfig):
         "phi": ("q_proj", "v_proj"),
         "dinov2": ("query", "value"),
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_config(self, self.pvera_dropout)
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
         """The rank of one site's leaves."""
@@ -102,22 +87,14 @@ def init(site: Site, config: PveraConfig, draw: Draw, weight: Callable[[], Tenso
     if site.kind in _WEIGHT_ONLY:
         raise SiteError(f"{site.path!r} is applied through its weight, and what PVeRA draws for every token has no "
                         "weight. Use VeRA there.")  # fmt: skip
-    out, r = site.out_features, 2 * config.r
-    if config.init_weights:
-        inner = draw.cast(torch.full((r,), config.d_initial))
-        return Fresh({"pvera_lambda_b": draw.zeros(out), "pvera_lambda_d": inner}, {})
-    return Fresh({"pvera_lambda_b": draw.ones(out), "pvera_lambda_d": draw.normal(r)}, {})
+    strength, inner = vectors(site, config, draw, 2 * config.r)
+    return Fresh({"pvera_lambda_b": strength, "pvera_lambda_d": inner}, {})
 
 
 def share(sites: Sequence[Site], config: PveraConfig, draw: Draw, weight: Callable[[Site], Tensor]) -> Shared:
     """A and B, from the key."""
-    (out, inputs), r = widest(sites), config.r
-    if draw.abstract:
-        return Shared({}, {"pvera_A": draw.zeros(2 * r, inputs), "pvera_B": draw.zeros(out, r)}, {})
-    generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-    a = nn.init.kaiming_uniform_(torch.empty(2 * r, inputs), generator=generator)
-    b = nn.init.kaiming_uniform_(torch.empty(out, r), generator=generator)
-    return Shared({}, {"pvera_A": draw.cast(a), "pvera_B": draw.cast(b)}, {})
+    a, b = projections(sites, draw, config.projection_prng_key, 2 * config.r, config.r)
+    return Shared({}, {"pvera_A": a, "pvera_B": b}, {})
 
 
 _generators: weakref.WeakKeyDictionary[nn.Module, dict[int, torch.Generator]] = weakref.WeakKeyDictionary()
@@ -161,7 +138,7 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
     """W + (l_b * B)(l_d * A), of the mean."""
     b = p["pvera_B"]
     a, d = mean(p["pvera_A"], p["pvera_lambda_d"], b.shape[1])
-    return (weight + vera.dense(layer.site, a, d, b, p["pvera_lambda_b"])).to(weight.dtype), bias
+    return (weight + dense(layer.site, a, d, b, p["pvera_lambda_b"])).to(weight.dtype), bias
 
 
 def check(config: PveraConfig, path: str, p: Leaf) -> None:
@@ -192,12 +169,12 @@ METHOD = register(
         complete=lambda config: config.save_projection,
         after=after,
         weight=weight,
-        stored=vera.stored,
-        restore=vera.restore,
+        stored=stored,
+        restore=restore,
         check=check,
         dropout=lambda config: config.pvera_dropout,
         reads=frozenset({"sample_at_inference", "generator_seed"}),
-        neutral=lambda p: {name: torch.zeros_like(leaf) for name, leaf in p.items()},
+        neutral=neutral,
         view=View(
             package="pvera",
             name="Pvera",

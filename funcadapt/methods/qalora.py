@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcadapt import lowrank
+from funcadapt import lora_forms, lowrank
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
@@ -64,14 +64,14 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * B A ((in / g) mean_g(drop(x)))."""
     config: Any = layer.config
     x = dropout(layer, x, config.lora_dropout)
-    if layer.site.kind not in lora.PRODUCTS:
-        return lora.add_delta(layer, as_lora(layer, p), x, y).to(y.dtype)
+    if layer.site.kind not in lora_forms.PRODUCTS:
+        return lora_forms.add_delta(layer, as_lora(layer, p), x, y).to(y.dtype)
     size = config.qalora_group_size
     groups = layer.site.in_features // size
     if p["lora_A"].shape[-1] != groups:  # the product would take it
         raise SiteError(f"lora_A at {layer.site.path!r} must have {groups} columns, not {p['lora_A'].shape[-1]}.")
     pooled = x.reshape(*x.shape[:-1], groups, size).sum(-1) * (groups / size)
-    return lora.add_delta(layer, p, pooled, y).to(y.dtype)
+    return lora_forms.add_delta(layer, p, pooled, y).to(y.dtype)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funcadapt.checks import check_common, check_leaves
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS, add_product, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods import vera
-from funcadapt.methods.vera import check_config, check_leaves, widest
+from funcadapt.random_projections import restore, widest
 from funcadapt.sites import Site
 
 BASES = ("randlora_A", "randlora_B")
@@ -83,7 +83,7 @@ class RandLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_config(self, self.randlora_dropout)
+        check_common(self)
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
         """The rank of one site's leaves."""
@@ -202,7 +202,7 @@ METHOD = register(
         after=after,
         weight=weight,
         stored=stored,
-        restore=vera.restore,
+        restore=restore,
         check=check,
         dropout=lambda config: config.randlora_dropout,
         reads=frozenset({"randlora_alpha"}),

@@ -6,12 +6,13 @@ Leaves: `shira_weight` (n), n = r (out + in), as many as a LoRA of rank r has; t
 int32, rows and columns of W as a matrix (out, in), distinct and in checkpoints.
 Init: w zeros, the identity; normal with `init_weights=False`. The places are a random subset, from `random_seed` or, if
 that is None, from the adapter's own stream. For places of one's own, replace both leaves of a new adapter.
-Cost: n parameters a layer. For few tokens or r < 3: 2 n flops a token, by gathering inputs and adding to outputs.
-Otherwise 2 in out flops a token, and one matrix of the size of W a call. Twice that backward.
+Cost: n parameters a layer. For few tokens 2 n flops each, by gathering inputs and adding to outputs. Otherwise n flops
+and a matrix of the size of W a call: the layer runs with W + S. Where that cannot be (16 bits, a quantised base, many
+adapters), S is a weight of its own: 2 in out flops a token. Twice that backward.
 Dense form: W + S. Convolutions and embeddings: in is the size of a row of the weight.
 
 Source: Bhardwaj et al. 2024, arXiv:2406.13175.
-Differs from PEFT: the base layer runs, with its hooks and in its quantisation; transformers' Conv1D, embeddings,
+Differs from PEFT: the base layer runs in its quantisation; transformers' Conv1D, embeddings,
 convolutions, multi-head attention and plain parameters; `torch.func` transforms work. There is no `mask_fn`, a function
 that PEFT sets on the config: its files load, as they hold the places.
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_sparse, add_weight, is_cheap, matrix, sparse
+from funcadapt.forms import KINDS, add_entries, add_sparse, add_weight, flat, is_dense, matrix, sparse
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.sites import Site
@@ -93,17 +94,23 @@ def _entries(p: Leaf) -> tuple[Tensor, Tensor]:
     return at, values.reshape(at.shape[1:])
 
 
+def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
+    """Whether there are many tokens: then one product with W + S."""
+    return is_dense(layer, p["shira_weight"].shape[-1], x)
+
+
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + S x, in y's dtype."""
-    site, sizes, (at, values) = layer.site, matrix(layer.site), _entries(p)
-    if site.kind != "embedding" and len(site.shape) == 2 and is_cheap(sizes, len(values), x):
-        return add_sparse(y, x, at, values).to(y.dtype)
-    return add_weight(layer, x, y, sparse(sizes, at, values).reshape(site.shape))
+    site, (at, values) = layer.site, _entries(p)
+    if folds(layer, p, x):
+        return add_weight(layer, x, y, sparse(matrix(site), at, values).reshape(site.shape))
+    return add_sparse(y, x, at, values).to(y.dtype)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + S; the bias stays."""
-    return (weight + sparse(matrix(layer.site), *_entries(p)).reshape(layer.site.shape)).to(weight.dtype), bias
+    at, values = _entries(p)
+    return add_entries(weight, flat(matrix(layer.site), at), values).to(weight.dtype), bias
 
 
 def restore(config: ShiraConfig, path: str, p: Leaf) -> Leaf:
@@ -137,6 +144,7 @@ METHOD = register(
         constants=frozenset({"shira_indices"}),
         init=init,
         after=after,
+        folds=folds,
         weight=weight,
         restore=restore,
         check=check,

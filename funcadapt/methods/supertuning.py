@@ -7,13 +7,13 @@ the flattened weight; with `r` also `supertuning_lora_A` (r, in) and `supertunin
 checkpoints, or, with `save_precomputed_indices=False`, follow from the base weight: then loading needs the model.
 Init: v zero, A kaiming-uniform, B zero: the identity. Normal v and uniform B with `init_weights=False`.
 Cost: n [+ r (in + out)] parameters a layer. Few tokens: 2 n flops each, by gathering inputs and adding to outputs.
-Otherwise 2 in out flops a token, and one matrix of the size of W a call. LoRA's are 2 r (in + out). Twice that
-backward.
+Otherwise n, and a matrix of the size of W a call: the layer runs with the dense form, as in `shira`. LoRA's are
+2 r (in + out). Twice that backward.
 Dense form: W + S [+ s * B A]. Convolutions and embeddings: in is the size of a row of the weight.
 
 Source: arXiv:2607.09287.
-Differs from PEFT: the base layer runs, with its hooks and in its quantisation. Also on transformers' Conv1D,
-embeddings, convolutions (in each group), multi-head attention and plain parameters.
+Differs from PEFT: the base layer runs in its quantisation. Also on transformers' Conv1D, embeddings, convolutions (in
+each group), multi-head attention and plain parameters.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from funcadapt import lora_forms
+from funcadapt.checks import check_rates
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_sparse, add_weight, is_cheap, matrix, sparse
+from funcadapt.forms import KINDS, add_entries, add_sparse, add_weight, is_dense, matrix, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods import lora
 from funcadapt.methods.shira import has_duplicates
 from funcadapt.sites import Site
 
@@ -70,8 +71,7 @@ class SupertuningConfig(AdapterConfig):
         super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0.0, 1.0), got {self.sparsity}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0.0, 1.0), got {self.lora_dropout}")
+        check_rates(self, "lora_dropout")
         if self.r is None and self.lora_alpha is not None:
             raise ValueError("lora_alpha is set but r is None: it is the scaling of the LoRA, which r asks for.")
         if self.r is not None and self.r <= 0:
@@ -109,15 +109,14 @@ def _places(site: Site, config: SupertuningConfig, draw: Draw, weight: Callable[
 
 def init(site: Site, config: SupertuningConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """The places by the weight, zeros there, and a LoRA that does nothing yet."""
-    if _rate(config) and site.kind in ("parameter", "experts"):
-        raise SiteError(f"lora_dropout={config.lora_dropout} cannot act at the plain parameter {site.path!r}: "
-                        "it is applied through its weight. Set lora_dropout=0.")  # fmt: skip
+    refuse_dropout(site, "lora_dropout", _rate(config))
     n, (out, inputs), zero = _number(site, config), matrix(site), config.init_weights
     params = {"supertuning_values": draw.zeros(n) if zero else draw.normal(n)}
     if config.r is not None:
-        params["supertuning_lora_A"] = draw.uniform(config.r, inputs, bound=1 / math.sqrt(inputs))
+        bounds = [1 / math.sqrt(n) for n in (inputs, config.r)]
+        params["supertuning_lora_A"] = draw.uniform(config.r, inputs, bound=bounds[0])
         params["supertuning_lora_B"] = (
-            draw.zeros(out, config.r) if zero else draw.uniform(out, config.r, bound=1 / math.sqrt(config.r))
+            draw.zeros(out, config.r) if zero else draw.uniform(out, config.r, bound=bounds[1])
         )
     return Fresh(params, {"supertuning_indices": _places(site, config, draw, weight)})
 
@@ -132,10 +131,9 @@ def stored(config: SupertuningConfig, path: str, p: Leaf) -> dict[str, Tensor | 
     return {} if config.save_precomputed_indices else {"supertuning_indices": None}
 
 
-def _entries(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor]:
-    """Places (2, n) and values (n)."""
-    flat, (_, inputs) = p["supertuning_indices"].long(), matrix(layer.site)
-    return torch.stack([flat // inputs, flat % inputs]), p["supertuning_values"].reshape(flat.shape)
+def _entries(p: Leaf) -> tuple[Tensor, Tensor]:
+    """Places in the flattened weight, and values, (n) each."""
+    return p["supertuning_indices"].long(), p["supertuning_values"].reshape(p["supertuning_indices"].shape)
 
 
 def _low_rank(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor, float] | None:
@@ -148,16 +146,19 @@ def _low_rank(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor, float] | None:
     return a.reshape(config.r, inputs), b.reshape(out, config.r), config.lora_alpha / config.r
 
 
+def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
+    """Whether there are many tokens: then one product with the dense form."""
+    return is_dense(layer, p["supertuning_values"].shape[-1], x)
+
+
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + S x [+ s * B A drop(x)], in y's dtype."""
-    site, config, sizes = layer.site, layer.config, matrix(layer.site)
+    site, config, (places, values) = layer.site, layer.config, _entries(p)
     assert isinstance(config, SupertuningConfig)
-    at, values = _entries(layer, p)
-    plain = site.kind != "embedding" and len(site.shape) == 2
-    if plain and is_cheap(sizes, len(values), x):
-        out = add_sparse(y, x, at, values).to(y.dtype)
+    if folds(layer, p, x):
+        out = add_weight(layer, x, y, add_entries(values.new_zeros(site.shape), places, values))
     else:
-        out = add_weight(layer, x, y, sparse(sizes, at, values).reshape(site.shape))
+        out = add_sparse(y, x, torch.stack([places // site.shape[1], places % site.shape[1]]), values).to(y.dtype)
     factors = _low_rank(layer, p)
     if factors is None:
         return out
@@ -167,16 +168,16 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
         return add_weight(layer, x, out, (scaling * b @ a).reshape(site.shape))
     down, up = a.reshape(-1, *site.shape[1:]), b.reshape(*b.shape, *(1,) * (len(site.shape) - 2))
     leaves = {"lora_A": down, "lora_B": up, "scaling": a.new_full((), scaling)}
-    return lora.add_delta(layer, leaves, x, out).to(y.dtype)
+    return lora_forms.add_delta(layer, leaves, x, out).to(y.dtype)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + S [+ s * B A]; the bias stays."""
-    delta, factors = sparse(matrix(layer.site), *_entries(layer, p)), _low_rank(layer, p)
+    new, factors = add_entries(weight, *_entries(p)), _low_rank(layer, p)
     if factors is not None:
         a, b, scaling = factors
-        delta = delta + scaling * b @ a
-    return (weight + delta.reshape(layer.site.shape)).to(weight.dtype), bias
+        new = new + (scaling * b @ a).reshape(weight.shape)
+    return new.to(weight.dtype), bias
 
 
 def check(config: SupertuningConfig, path: str, p: Leaf) -> None:
@@ -219,18 +220,12 @@ METHOD = register(
         stored=stored,
         complete=lambda config: config.save_precomputed_indices,
         after=after,
+        folds=folds,
         weight=weight,
         check=check,
         dropout=_rate,
         reads=frozenset({"r", "lora_alpha"}),
         rank_field="",  # the scaling is no leaf, so that adapters of two ranks cannot be one padded stack
-        view=View(
-            "supertuning",
-            "Supertuning",
-            "supertuning_",
-            label="",
-            buffers=frozenset({"supertuning_indices"}),
-            warm=warm,
-        ),
+        view=View("supertuning", "Supertuning", "supertuning_", buffers=frozenset({"supertuning_indices"}), warm=warm),
     )
 )

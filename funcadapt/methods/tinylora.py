@@ -29,16 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt._torch import linalg
+from funcadapt.checks import check_common, check_leaves, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, columns, refuse_dropout
+from funcadapt.forms import KINDS, add_product, add_products, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods.unilora import add_products
-from funcadapt.methods.vera import check_leaves
 from funcadapt.sites import Site
 
 _V, _GROUP = "tinylora_v.", "tinylora_group_"
+_ATTRIBUTES = {"r": "r", "u": "u"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,21 +83,12 @@ class TinyLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "u"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` should be a positive integer value but the value passed is "
-                                 f"{getattr(self, name)}")  # fmt: skip
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        check_common(self)
+        check_positive(self, "u")
         if not 0 <= self.weight_tying <= 1:
-            raise ValueError("`weight_tying` should be a float between 0.0 and 1.0 but the value passed is "
-                             f"{self.weight_tying}")  # fmt: skip
+            raise ValueError(f"`weight_tying` should be a float between 0.0 and 1.0, got {self.weight_tying}.")
         if self.init_weights not in (True, False, "uniform"):
             raise ValueError(f"`init_weights` must be True, False or 'uniform', got {self.init_weights!r}.")
-        if self.bias not in ("none", "all", "tinylora_only"):
-            raise ValueError(f"`bias` must be 'none', 'all' or 'tinylora_only', got {self.bias!r}.")
-        if not 0 <= self.tinylora_dropout < 1:
-            raise ValueError(f"`tinylora_dropout` must be in [0, 1), got {self.tinylora_dropout}.")
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
         """The rank of one site's leaves."""
@@ -146,13 +137,10 @@ def share(sites: Sequence[Site], config: TinyLoraConfig, draw: Draw, weight: Cal
     for i, (site, group) in enumerate(zip(sites, numbers, strict=True)):
         r = _rank(site, config)
         shape = (*(site.stack if site.experts > 1 else ()), config.u, r, r)
-        name = f"{_GROUP}{group}"
-        if draw.abstract:
-            own = {"tinylora_P": draw.zeros(*shape)}
-        else:
-            generator = torch.Generator("cpu").manual_seed(config.projection_seed + i)
-            own = {"tinylora_P": draw.cast(torch.normal(0.0, 1 / r**0.5, shape, generator=generator))}
-        at[site.path] = {**own, name: torch.zeros((), dtype=torch.long, device=draw.device)}
+        generator = torch.Generator("cpu").manual_seed(config.projection_seed + i)
+        projections = draw.cast(torch.normal(0.0, 1 / r**0.5, shape, generator=generator))
+        number = torch.zeros((), dtype=torch.long, device=draw.device)
+        at[site.path] = {"tinylora_P": projections, f"{_GROUP}{group}": number}
     return Shared(trained, {}, at)
 
 
@@ -161,13 +149,12 @@ def _own(names: Iterable[str]) -> str:
     return next(_V + name.removeprefix(_GROUP) for name in names if name.startswith(_GROUP))
 
 
-def inner(p: Leaf) -> Tensor:
-    """R A (r, columns), the trained half of the product."""
-    v = p[_own(p)]
+def inner(p: Leaf, *lead: int) -> Tensor:
+    """R A (*lead, r, columns), the trained half of the product."""
     a, projections = p["tinylora_A"], p["tinylora_P"]
-    r = a.shape[0]
-    v = v.reshape(projections.shape[0])
-    return torch.mm(torch.mv(projections.reshape(-1, r * r).t(), v.to(projections.dtype)).reshape(r, r), a)
+    u, r, _ = projections.shape[len(lead) :]
+    v = p[_own(p)].reshape(*lead, 1, u).to(projections.dtype)
+    return (v @ projections.reshape(*lead, u, r * r)).reshape(*lead, r, r) @ a
 
 
 def factors(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor]:
@@ -180,23 +167,17 @@ def factors(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor]:
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + B R A drop(x)."""
     config: Any = layer.config
-    if config.tinylora_dropout:
-        x = dropout(layer, x, config.tinylora_dropout)
+    x = dropout(layer, x, config.tinylora_dropout)
     return add_product(layer, x, y, *factors(layer, p))
 
 
 def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:
     """`after` for N adapters at once: leaves (N, ...), rows in N equal groups."""
+    config: Any = layer.config
     if layer.site.kind not in ("linear", "hf_conv1d"):
         return NotImplemented
-    config: Any = layer.config
-    v, a, projections = p[_own(p)], p["tinylora_A"], p["tinylora_P"]
-    n, r = a.shape[:2]
-    v = v.reshape(n, projections.shape[1], 1).to(projections.dtype)
-    middle = torch.bmm(projections.reshape(n, -1, r * r).transpose(1, 2), v).view(n, r, r)
-    if config.tinylora_dropout:
-        x = dropout(layer, x, config.tinylora_dropout)
-    return add_products(layer, x, y, torch.bmm(middle, a), p["tinylora_B"])
+    x = dropout(layer, x, config.tinylora_dropout)
+    return add_products(x, y, inner(p, p["tinylora_A"].shape[0]), p["tinylora_B"])
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -256,12 +237,7 @@ METHOD = register(
         reads=frozenset(),
         with_rank=with_rank,
         view=View(
-            package="tinylora",
-            name="TinyLora",
-            prefix="tinylora_",
-            label="tinylora.",
-            dropout="tinylora_dropout",
-            attributes={"r": "r", "u": "u"},
+            "tinylora", "TinyLora", "tinylora_", label="tinylora.", dropout="tinylora_dropout", attributes=_ATTRIBUTES
         ),
     )
 )

@@ -20,20 +20,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcadapt.checks import check_common, check_layers, check_leaves, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, columns, refuse_dropout
+from funcadapt.forms import KINDS, add_product, add_products, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods.vera import check_leaves
-from funcadapt.pcg64 import Stream
+from funcadapt.pcg64 import indices
 from funcadapt.sites import Site
 
 _OF_SITES: tuple[str, ...] = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
@@ -79,54 +78,17 @@ class UniLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "theta_d_length"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` should be a positive integer, got {getattr(self, name)}.")
+        check_common(self)
+        check_positive(self, "theta_d_length")
+        check_layers(self, of_names=True)
         if self.proj_seed < 0:
             raise ValueError(f"`proj_seed` must not be negative, got {self.proj_seed}.")
-        if not 0 <= self.unilora_dropout < 1:
-            raise ValueError(f"`unilora_dropout` must be in [0, 1), got {self.unilora_dropout}.")
         if self.init_theta_d_bound <= 0:
             raise ValueError(f"`init_theta_d_bound` should be a positive float, got {self.init_theta_d_bound}.")
-        if self.bias not in ("none", "all", "unilora_only"):
-            raise ValueError(f"`bias` should be 'none', 'all', or 'unilora_only', got {self.bias}.")
-        if isinstance(self.target_modules, str):
-            for field in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, field) is not None:
-                    raise ValueError(f"`{field}` cannot be used when `target_modules` is a str.")
 
     def rank(self, leaves: Mapping[str, Tensor]) -> int:
         """The rank of one site's leaves."""
         return leaves["unilora_indices_B"].shape[-1] if "unilora_indices_B" in leaves else 0
-
-
-def indices(total: int, length: int, seed: int, *, use_numpy: bool = True) -> Tensor:
-    """Which of `length` numbers each of `total` places holds: each equally often or once more, in a random order.
-
-    Args:
-        total: how many places there are.
-        length: how many numbers.
-        seed: the seed of numpy's default generator.
-        use_numpy: whether numpy draws them, if it is installed: the same ones, in a hundredth of the time.
-
-    Returns:
-        (total), torch.long.
-    """
-    times, more = divmod(total, length)
-    if use_numpy and find_spec("numpy") is not None:
-        import numpy  # pyright: ignore
-
-        rng: Any = numpy.random.default_rng(seed)
-        drawn: Any = numpy.repeat(numpy.arange(length), times)
-        if more:
-            drawn = numpy.concatenate([drawn, rng.choice(length, size=more, replace=False)])
-        rng.shuffle(drawn)
-        return torch.as_tensor(drawn, dtype=torch.long)
-    stream = Stream(seed)
-    items = [i for i in range(length) for _ in range(times)]
-    items += stream.choice(length, more) if more else []
-    stream.shuffle(items)
-    return torch.tensor(items, dtype=torch.long)
 
 
 def init(site: Site, config: UniLoraConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
@@ -163,20 +125,19 @@ def share(sites: Sequence[Site], config: UniLoraConfig, draw: Draw, weight: Call
     return Shared({"unilora_theta_d": theta}, {}, at)
 
 
-def _looked_up(p: Leaf, which: str, length: int, rows: int, inner: int) -> Tensor:
+def _looked_up(p: Leaf, which: str, length: int, shape: tuple[int, ...]) -> Tensor:
     theta, index, scale = p["unilora_theta_d"], p[f"unilora_indices_{which}"], p[f"unilora_scales_{which}"]
-    theta = theta.reshape(length)
-    return theta.gather(0, index.reshape(rows * inner)).view(rows, inner) * scale.reshape(rows, inner).to(theta.dtype)
+    *lead, rows, inner = shape
+    found = theta.reshape(*lead, length).gather(-1, index.reshape(*lead, rows * inner))
+    return found.view(shape) * scale.reshape(shape).to(theta.dtype)
 
 
-def factors(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor]:
-    """A (r, columns) and B (out, r)."""
+def factors(layer: Layer, p: Leaf, *lead: int) -> tuple[Tensor, Tensor]:
+    """A (*lead, r, columns) and B (*lead, out, r)."""
     config: Any = layer.config
-    r, length = p["unilora_indices_B"].shape[1], config.theta_d_length
-    return (
-        _looked_up(p, "A", length, r, columns(layer.site)),
-        _looked_up(p, "B", length, layer.site.out_features, r),
-    )
+    r, length = p["unilora_indices_B"].shape[-1], config.theta_d_length
+    a, b = (*lead, r, columns(layer.site)), (*lead, layer.site.out_features, r)
+    return _looked_up(p, "A", length, a), _looked_up(p, "B", length, b)
 
 
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
@@ -187,43 +148,14 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     return add_product(layer, x, y, *factors(layer, p))
 
 
-def add_products(layer: Layer, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Any:
-    """Y + (B A) x for N adapters at once at a linear layer, without a temporary of the output's size.
-
-    Args:
-        layer: the layer.
-        x: (N * rows, ..., in).
-        y: (N * rows, ..., out).
-        a: (N, r, in).
-        b: (N, out, r).
-
-    Returns:
-        Of y's shape; NotImplemented if the dtypes differ.
-    """
-    same = a.dtype == b.dtype == x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type)
-    if not same:
-        return NotImplemented
-    n, width = a.shape[0], x.shape[-1]
-    h = torch.bmm(x.reshape(n, -1 if x.numel() else 0, width), a.transpose(1, 2))
-    return torch.baddbmm(y.reshape(n, h.shape[1], y.shape[-1]), h, b.transpose(1, 2)).view(y.shape)
-
-
 def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:
     """`after` for N adapters at once: leaves (N, ...), rows in N equal groups."""
     config: Any = layer.config
-    theta, site = p["unilora_theta_d"], layer.site
-    if site.kind not in ("linear", "hf_conv1d"):
+    if layer.site.kind not in ("linear", "hf_conv1d"):
         return NotImplemented
-    n, r = theta.shape[0], p["unilora_indices_B"].shape[-1]
-    theta = theta.reshape(n, config.theta_d_length)
-
-    def looked_up(which: str, rows: int, inner: int) -> Tensor:
-        index, scale = p[f"unilora_indices_{which}"], p[f"unilora_scales_{which}"].to(theta.dtype)
-        return theta.gather(1, index.reshape(n, rows * inner)).view(n, rows, inner) * scale.reshape(n, rows, inner)
-
     if config.unilora_dropout:
         x = dropout(layer, x, config.unilora_dropout)
-    return add_products(layer, x, y, looked_up("A", r, columns(site)), looked_up("B", site.out_features, r))
+    return add_products(x, y, *factors(layer, p, p["unilora_theta_d"].shape[0]))
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

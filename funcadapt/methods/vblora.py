@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt import targets
+from funcadapt.checks import check_common, check_leaves
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.forms import KINDS, add_product, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.methods.vera import check_config, check_leaves
 from funcadapt.sites import Site
 
 BANK = "vblora_vector_bank"
@@ -88,7 +88,7 @@ class VBLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_config(self, self.vblora_dropout)
+        check_common(self)
         if not 0 < self.topk <= self.num_vectors:
             raise ValueError(f"`topk` {self.topk} should be a positive integer value, at most num_vectors.")
         if self.vector_length <= 0:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funcadapt import lora_inits
+from funcadapt import lora_forms, lora_inits
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
@@ -129,10 +129,10 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     config: Any = layer.config
     x = dropout(layer, x, config.lora_dropout).to(p["lora_A"].dtype)
     if not layer.training:
-        return lora.add_delta(layer, p, x, y).to(y.dtype)
+        return lora_forms.add_delta(layer, p, x, y).to(y.dtype)
     a, given = p["lora_A"], config.velora_config
     groups, scale = setting(Settings, given, "num_groups"), setting(Settings, given, "scale")
-    conv = layer.site.kind not in lora.PRODUCTS
+    conv = layer.site.kind not in lora_forms.PRODUCTS
     last = x.detach().movedim(1, -1) if conv else x.detach()
     e = _direction_of(config, p, last).to(x.dtype)
     z = grouped_inputs(last, groups) @ e

@@ -24,7 +24,7 @@ convolutions (in each group), multi-head attention and plain parameters; `torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -32,18 +32,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt import targets, wavelets
-from funcadapt.config import AdapterConfig
-from funcadapt.errors import SiteError, did_you_mean
-from funcadapt.forms import KINDS, add_sparse, add_weight, is_cheap, matrix, sparse
+from funcadapt.errors import did_you_mean
+from funcadapt.forms import KINDS, add_sparse, add_weight, is_dense, matrix, sparse
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.methods.fourierft import FOURIER, places
 from funcadapt.sites import Site
+from funcadapt.spectra import FOURIER, SpectralConfig, check_number, check_spectrum, places, scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WaveFTConfig(AdapterConfig):
-    """Config of WaveFT, with PEFT's fields.
+class WaveFTConfig(SpectralConfig):
+    """Config of WaveFT, with PEFT's fields: those of `SpectralConfig`, and some more.
 
     Attributes:
         n_frequency: how many coefficients are trained at each layer.
@@ -51,14 +50,6 @@ class WaveFTConfig(AdapterConfig):
         wavelet_family: "db1" to "db10", "sym2" to "sym10", "coif1" to "coif5".
         use_idwt: whether the coefficients are those of a wavelet transform, or entries of the weight.
         random_loc_seed: the seed of the places of the coefficients; equal layers have equal places.
-        fan_in_fan_out: PEFT's bookkeeping; the layer's type decides.
-        target_modules: names, a regular expression, "all-linear", or None for the model type's default.
-        exclude_modules: names or a regular expression to leave out.
-        bias: "none", "all" (train every bias of the model) or "waveft_only" (those of the adapted layers).
-        modules_to_save: modules that are trained in full and saved with the adapter.
-        layers_to_transform: indices of the layers to adapt.
-        layers_pattern: the name of the layer list, with `layers_to_transform`.
-        n_frequency_pattern: how many coefficients, by regular expression of the site path.
         proportional_parameters: as many coefficients in all, shared out by the sizes of the layers.
         init_weights: whether they start at zero.
 
@@ -73,18 +64,9 @@ class WaveFTConfig(AdapterConfig):
     wavelet_family: str = "db1"
     use_idwt: bool = True
     random_loc_seed: int = 777
-    fan_in_fan_out: bool = False
-    target_modules: Sequence[str] | str | None = None
-    exclude_modules: Sequence[str] | str | None = None
-    bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
-    layers_to_transform: Sequence[int] | int | None = None
-    layers_pattern: Sequence[str] | str | None = None
-    n_frequency_pattern: Mapping[str, int] | None = dataclasses.field(default_factory=dict[str, int])
     proportional_parameters: bool = False
     init_weights: bool = True
 
-    patterned: ClassVar[Mapping[str, str]] = {"n_frequency": "n_frequency_pattern"}
     target_table: ClassVar[targets.Targets] = {
         name: modules for name, modules in FOURIER.items() if name not in ("btlm", "rwkv", "rwkv7")
     }
@@ -92,26 +74,15 @@ class WaveFTConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, n in {"n_frequency": self.n_frequency, **(self.n_frequency_pattern or {})}.items():
-            if n <= 0:
-                raise ValueError(f"`n_frequency` should be a positive integer value but the value passed is {n} "
-                                 f"({name!r}).")  # fmt: skip
         if self.wavelet_family not in wavelets.NAMES:
             raise ValueError(f"Wavelet family {self.wavelet_family} not supported."
                              f"{did_you_mean(self.wavelet_family, wavelets.NAMES)}")  # fmt: skip
-        if isinstance(self.target_modules, str):
-            for field in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, field) is not None:
-                    raise ValueError(f"`{field}` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
 
 def init(site: Site, config: WaveFTConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """`waveft_spectrum`: zeros, or small normal numbers if `init_weights` is false."""
-    n, (out, inputs) = config.n_frequency, matrix(site)
-    if n > out * inputs:
-        raise SiteError(f"n_frequency={n} is more than the {out * inputs} entries of the weight of {site.path!r}.")
+    n = config.n_frequency
+    check_number(site, n)
     return Fresh({"waveft_spectrum": draw.zeros(n) if config.init_weights else draw.normal(n, std=0.01)}, {})
 
 
@@ -149,16 +120,9 @@ def analysis(x: Tensor, filters: Tensor) -> Tensor:
     return pairs.reshape(*x.shape[:-1], _padded(size, length))
 
 
-def _spectrum(layer: Layer, p: Leaf) -> Tensor:
-    """The numbers, scaled, in 32 bits at least, as many as places."""
-    config, c = layer.config, p["waveft_spectrum"]
-    assert isinstance(config, WaveFTConfig)
-    return c.reshape(p["places"].shape[1:]).to(torch.promote_types(c.dtype, torch.float32)) * config.scaling
-
-
 def delta_weight(layer: Layer, p: Leaf) -> Tensor:
     """D as a weight of the layer's shape."""
-    c, (out, inputs) = _spectrum(layer, p), matrix(layer.site)
+    c, (out, inputs) = scaled(layer, p, "waveft_spectrum"), matrix(layer.site)
     if "filters" not in p:
         delta = sparse((out, inputs), p["places"], c)
     else:
@@ -169,11 +133,16 @@ def delta_weight(layer: Layer, p: Leaf) -> Tensor:
     return delta.reshape(layer.site.shape).to(p["waveft_spectrum"].dtype)
 
 
+def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
+    """Whether D is made as a matrix for an input."""
+    return is_dense(layer, p["waveft_spectrum"].shape[-1], x)
+
+
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + D x, in y's dtype."""
-    site, c = layer.site, _spectrum(layer, p)
-    out, inputs = matrix(site)
-    if site.kind == "embedding" or len(site.shape) > 2 or not is_cheap((out, inputs), len(c), x):
+    site, c = layer.site, scaled(layer, p, "waveft_spectrum")
+    out = site.out_features
+    if folds(layer, p, x):
         return add_weight(layer, x, y, delta_weight(layer, p))
     if "filters" not in p:
         return add_sparse(y, x, p["places"], c).to(y.dtype)
@@ -191,9 +160,7 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
 
 def check(config: WaveFTConfig, path: str, p: Leaf) -> None:
     """As many numbers as the config says."""
-    shape, n = tuple(p["waveft_spectrum"].shape) if "waveft_spectrum" in p else (), config.at(path).n_frequency
-    if len(shape) not in (1, 2) or shape[-1:] != (n,):
-        raise SiteError(f"The site {path!r} has waveft_spectrum of shape {shape}, its config says ({n},).")
+    check_spectrum(config, path, p, "waveft_spectrum")
 
 
 METHOD = register(
@@ -205,6 +172,7 @@ METHOD = register(
         init=init,
         derive=derive,
         after=after,
+        folds=folds,
         weight=weight,
         check=check,
         reads=frozenset({"scaling", "use_idwt"}),

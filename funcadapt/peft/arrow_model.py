@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from funcadapt.methods import arrow, lora
+from funcadapt import arrow_leaves, lora_forms
+from funcadapt.methods import lora
 from funcadapt.view.holding import put
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.walking import layers, view_state
@@ -141,7 +142,7 @@ def _ranks(shapes: Mapping[str, torch.Size]) -> set[int]:
 def _fits(layer: AdapterLayer, name: str) -> bool:
     held = layer.adapters[name]
     plain = held.method is lora.METHOD and not getattr(held.config, "lora_bias", False)
-    return plain and layer.site.kind in lora.PRODUCTS
+    return plain and layer.site.kind in lora_forms.PRODUCTS
 
 
 def _route(model: nn.Module, name: str, config: Any, tasks: Sequence[str]) -> None:
@@ -159,8 +160,8 @@ def _route(model: nn.Module, name: str, config: Any, tasks: Sequence[str]) -> No
         found: list[Mapping[str, Any]] = [layer.leaves(task) for task in tasks]
         if given.use_gks:
             general = [layer.leaves(n) for n in given.gks_adapter_names or ()]
-            found = [arrow.without_general(p, general) for p in found]
-        leaves = {leaf: value.detach() for leaf, value in arrow.stacked(found, number, given.rng_seed).items()}
+            found = [arrow_leaves.without_general(p, general) for p in found]
+        leaves = {leaf: value.detach() for leaf, value in arrow_leaves.stacked(found, number, given.rng_seed).items()}
         put(layer, held.method, layer.site, layer.get_base_layer(), name, leaves)
         for leaf, value in layer.leaves(name).items():
             if value.is_leaf and leaf in before:

@@ -235,7 +235,7 @@ class AdapterLayer(Switches):
             self._cast_leaves(levels, args[0] if args else next(iter(kwargs.values())))
         if isinstance(base, AdapterLayer):
             return nest(base, levels, self.site, self.get_base_layer(), base.dense)(*args, **kwargs)
-        if len(levels) > 1 or not args or levels[0].w is not None:
+        if len(levels) > 1 or not args or levels[0].w is not None or levels[0].method.folds is not None:
             return nest(base, levels, self.site, base, None)(*args, **kwargs)
         # the usual case without a detour
         (level,), x = levels, args[0]

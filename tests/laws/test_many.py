@@ -504,7 +504,7 @@ def looks_at_the_weight(case: Case) -> bool:
         for name in ("weight", "bias"):
             get = vars(Layer)[name].fget
             patch.setattr(Layer, name, property(lambda layer, get=get: (seen.append(layer), get(layer))[1]))
-        fa.functional_call(model, adapter, (x,))
+        fa.functional_call(model, adapter, (x,), weights=1.0)  # hooks, also of a method that folds
     return bool(seen)
 
 

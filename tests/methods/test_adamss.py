@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import funcadapt as fa
-from funcadapt.methods import adamss
+from funcadapt import kmeans, subspace_allocation
 
 # -- clusters ---------------------------------------------------------------------------------------------
 
@@ -24,13 +24,13 @@ from funcadapt.methods import adamss
 def test_the_first_centers_are_numpys_choice(n: int, k: int) -> None:
     p = np.ones(n, dtype=np.float32) / np.float32(n)
     expected = np.random.RandomState(123456789).choice(n, size=k, replace=False, p=p / p.sum(dtype=np.float64))
-    assert adamss._choice(n, k) == expected.tolist()
+    assert kmeans._choice(n, k) == expected.tolist()
 
 
 def test_clusters_are_found() -> None:
     generator = torch.Generator().manual_seed(0)
     centers = 10 * torch.eye(3).repeat_interleave(5, 0)
-    labels = adamss.clusters(centers + 0.1 * torch.randn(15, 3, generator=generator), 3)
+    labels = kmeans.clusters(centers + 0.1 * torch.randn(15, 3, generator=generator), 3)
     assert [len(set(part.tolist())) for part in labels.split(5)] == [1, 1, 1]
     assert len(set(labels.tolist())) == 3
 
@@ -51,7 +51,7 @@ def test_clusters_are_those_of_scikit_learn() -> None:
     cluster: Any = import_module("sklearn.cluster")
     for x, k in _matrices():
         means = cluster.KMeans(n_clusters=k, init="random", n_init=1, max_iter=10, random_state=123456789)
-        assert adamss.clusters(x, k).tolist() == means.fit_predict(x.numpy()).tolist()
+        assert kmeans.clusters(x, k).tolist() == means.fit_predict(x.numpy()).tolist()
 
 
 # -- files ------------------------------------------------------------------------------------------------
@@ -114,20 +114,20 @@ def _grads(model: nn.Module, adapter: fa.Adapter) -> Any:
 def test_subspaces_are_left_out_down_to_the_target() -> None:
     model = tiny("llama")
     adapter = fa.init(model, fa.AdamssConfig(**ASA))
-    state, counts = adamss.start(adapter.params), list[int]()
+    state, counts = subspace_allocation.start(adapter.params), list[int]()
     for step in range(11):
         grads = _grads(model, adapter)
         stepped = torch.utils._pytree.tree_map(lambda p, g: p - 0.1 * g, adapter.params, grads)
-        params = adamss.keep(state, adapter.params, stepped)
+        params = subspace_allocation.keep(state, adapter.params, stepped)
         for path, on in state.active.items():
             for i, trained in enumerate(on.tolist()):
                 same = torch.equal(params[path][f"adamss_B.{i}"], adapter.params[path][f"adamss_B.{i}"])
                 assert same != trained
         adapter = adapter.replace(params=params)
-        state = adamss.update(adapter.config, state, adapter.params, grads, step)
+        state = subspace_allocation.update(adapter.config, state, adapter.params, grads, step)
         counts.append(sum(int(on.sum()) for on in state.active.values()))
     assert counts == [12, 12, 9, 9, 5, 5, 4, 4, 4, 4, 4]
-    assert counts[2::2] == [adamss.budget(adapter.config, step, 12) for step in (2, 4, 6, 8)] + [4]
+    assert counts[2::2] == [subspace_allocation.budget(adapter.config, step, 12) for step in (2, 4, 6, 8)] + [4]
 
 
 def test_the_allocation_goes_through_vmap() -> None:
@@ -137,8 +137,8 @@ def test_the_allocation_goes_through_vmap() -> None:
     config = adapters[0].config
 
     def run(params: Any, grads: Any) -> Any:
-        state = adamss.update(config, adamss.start(params), params, grads, 1)
-        return adamss.update(config, state, params, grads, 2).active
+        state = subspace_allocation.update(config, subspace_allocation.start(params), params, grads, 1)
+        return subspace_allocation.update(config, state, params, grads, 2).active
 
     stacks = (torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *each) for each in
               ([a.params for a in adapters], every))  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import funcadapt as fa
 import funcadapt.peft as shim
+from funcadapt import arrow_leaves
 from funcadapt.methods import arrow as ar
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
@@ -31,12 +32,12 @@ def loras(n: int, **fields: Any) -> tuple[nn.Module, list[fa.Adapter]]:
 
 def test_prototypes_are_singular_vectors() -> None:
     a, b = torch.randn(3, 2, 6).double(), torch.randn(3, 5, 2).double()
-    found = ar.prototypes(a, b)
+    found = arrow_leaves.prototypes(a, b)
     expected = torch.linalg.svd(b @ a)[2][:, 0]
     torch.testing.assert_close((found * expected).sum(-1).abs(), torch.ones(3).double())
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(3).double())
     layer = ArrowLoraLinearLayer(6, _config(peft, 1, seed=4))
-    for i, v in enumerate(ar.prototypes(a, b, rng_seed=4)):
+    for i, v in enumerate(arrow_leaves.prototypes(a, b, rng_seed=4)):
         theirs = layer.top_right_singular_vec_from_BA(a[i], b[i])
         torch.testing.assert_close(v, theirs.double(), rtol=0, atol=1e-6)
 
@@ -54,7 +55,7 @@ def test_every_token_uses_the_experts_that_fit_it() -> None:
     x = torch.randn(2, 3, 6).double()
     out, base = fa.functional_call(model, router, (x,)), model(x)
     each = torch.stack([fa.functional_call(model, adapter, (x,)) - base for adapter in adapters])
-    vectors = router.buffers["0"][ar.PROTOTYPES]
+    vectors = router.buffers["0"][arrow_leaves.PROTOTYPES]
     for row in range(2):
         for token in range(3):
             fit = (vectors @ x[row, token]).abs()
@@ -101,11 +102,13 @@ def test_ranks_may_differ() -> None:
 def test_what_is_general_is_subtracted() -> None:
     _, (a, b, c, d) = loras(4)
     router = ar.arrow([a, b], general=[c, d], top_k=2)
-    for name, leaf in (("lora_A", ar.A), ("lora_B", ar.B)):
+    for name, leaf in (("lora_A", arrow_leaves.A), ("lora_B", arrow_leaves.B)):
         mean = (c.params["0"][name] + d.params["0"][name]) / 2
         torch.testing.assert_close(router.params["0"][leaf][1], b.params["0"][name] - mean)
     p = router.leaves("0")
-    torch.testing.assert_close(p[ar.PROTOTYPES], ar.prototypes(p[ar.A], p[ar.B]))
+    torch.testing.assert_close(
+        p[arrow_leaves.PROTOTYPES], arrow_leaves.prototypes(p[arrow_leaves.A], p[arrow_leaves.B])
+    )
 
 
 def test_what_does_not_fit_raises() -> None:

@@ -13,7 +13,7 @@ from specs.boft import permutation, rotation
 from torch import nn
 
 import funcadapt as fa
-from funcadapt.methods.boft import rotated
+from funcadapt.orthogonal import butterfly
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of the CUDA extension
 
@@ -113,7 +113,7 @@ def test_dropout_under_vmap(randomness: str) -> None:
 def test_rotations_are_undone_by_their_transposes() -> None:
     q = torch.linalg.qr(torch.randn(3, 4, 4, 4, dtype=torch.float64))[0]
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    torch.testing.assert_close(rotated(rotated(x, q), q, transposed=True), x)
+    torch.testing.assert_close(butterfly(butterfly(x, q), q, transposed=True), x)
 
 
 def test_errors() -> None:

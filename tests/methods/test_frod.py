@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import funcadapt as fa
 import funcadapt.peft as shim
-from funcadapt.methods.frod import _depth, basis, category, decompose
+from funcadapt.joint_basis import basis, category, decompose, depth
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -51,7 +51,7 @@ def moved(adapter: fa.Adapter, *names: str) -> fa.Adapter:
 )  # fmt: skip
 def test_categories_and_numbers_are_pefts(path: str) -> None:
     assert category(path) == _category_from_key(path)
-    assert _depth(path, 99) == _layer_index_from_key(path, 99)
+    assert depth(path, 99) == _layer_index_from_key(path, 99)
 
 
 def test_layers_of_one_number_and_role_all_count() -> None:

@@ -75,7 +75,7 @@ def test_files_that_do_not_fit(wrong: str, tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity must be in \[0.0, 1.0\)"),
-        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0.0, 1.0\)"),
+        ({"lora_dropout": 1.0}, r"must be in \[0, 1\)"),
         ({"lora_alpha": 2.0}, "lora_alpha is set but r is None"),
         ({"r": 0}, "r must be a positive integer or None"),
     ],

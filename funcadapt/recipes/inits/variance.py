@@ -14,7 +14,6 @@ endless loop.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import funcadapt as fa
 from funcadapt.errors import AdapterError
+from funcadapt.lora_leaves import patterns
 from funcadapt.lora_variants import settings
 from funcadapt.pca import IncrementalPCA
 from funcadapt.recipes.inits.common import Forward, Rows, flat, linear_sites, watch, with_factors
@@ -260,11 +260,12 @@ def redistributed(config: Any, found: Mapping[str, Tensor], given: Settings, oth
     alphas = {path: config.at(path).lora_alpha for path in kept}
     if given.adjust_scaling_factors:
         alphas = {path: alpha * (kept[path] / config.at(path).r) for path, alpha in alphas.items()}
+    keys = patterns(kept)
     return dataclasses.replace(
         config,
         target_modules=sorted(kept),
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern={re.escape(path): r for path, r in kept.items() if r != config.r},
-        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
+        rank_pattern={keys[path]: r for path, r in kept.items() if r != config.r},
+        alpha_pattern={keys[path]: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
     )
