@@ -152,17 +152,17 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     config: Any = layer.config
     if config.lora_dropout:
         x = dropout(layer, x, config.lora_dropout)
-    site, same = layer.site, as_lora(p)
+    site, r = layer.site, p["lora_A"].shape[0]
     # reshaped to the site's sizes, so that a wrong one raises
-    a = same["lora_A"].reshape(same["lora_A"].shape[0], *site.shape[1:])
-    b = same["lora_B"].reshape(site.out_features, same["lora_B"].shape[1])
+    a, b = p["lora_A"].reshape(r, *site.shape[1:]), p["lora_B"].reshape(site.out_features, r)
+    strength = p["lora_E"].reshape(r) * scale(p)  # on A x, which is less than A
     if not site.kind.startswith("conv"):
-        return lora_forms.add_delta(layer, {**same, "lora_A": a, "lora_B": b}, x, y).to(y.dtype)
+        return lora_forms.add_delta(layer, {"lora_A": a, "lora_B": b, "scaling": strength}, x, y).to(y.dtype)
     # all of A reads each group of channels: to the first product, groups are rows
     spatial = len(site.shape) - 2
     lead = x.shape[: -spatial - 1]
     rows = x.to(a.dtype).reshape(math.prod(lead) * site.groups, site.shape[1], *x.shape[-spatial:])
-    h = layer.linear(rows, a) * same["scaling"]
+    h = layer.linear(rows, a) * strength.reshape(r, *(1,) * spatial)
     h = h.reshape(*lead, site.groups * h.shape[1], *h.shape[-spatial:])
     return (y + layer.pointwise(h, b.reshape(*b.shape, *(1,) * spatial))).to(y.dtype)
 
