@@ -122,17 +122,17 @@ def saved_bytes(run: Callable[[], torch.Tensor], ignore: set[int]) -> int:
     """What autograd keeps for the backward pass, each storage once, the given ones left out."""
     seen: dict[int, int] = {}
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
+    def pack(t: torch.Tensor) -> None:  # nothing runs backward: an output that is kept by its own node would stay
         for part in (t.coalesce().indices(), t.coalesce().values()) if t.is_sparse else (t,):
             storage = part.untyped_storage()
             if storage.data_ptr() not in ignore:
                 seen[storage.data_ptr()] = storage.nbytes()
         kept.append(t)  # so that no address is used twice
-        return t
 
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()
+    kept.clear()  # graph -> hook -> list -> graph
     return sum(seen.values())
 
 

@@ -111,7 +111,7 @@ def combine(
     in "linear" and the sparse methods have no derivative at weight 0, and a singular value decomposition none where
     singular values are equal.
 
-    What a method is for LoRA, `funcadapt.lowrank` says, for DoRA `methods/dora.py`, for (IA)^3 `methods/ia3.py`. In
+    What a method is for LoRA, `parts/lowrank.py` says, for DoRA `methods/dora.py`, for (IA)^3 `methods/ia3.py`. In
     short: "cat" is the exact sum; "svd" is, cut to a rank; "linear" adds the leaves (for LoRA an approximation, kept
     as PEFT defines it, of square roots of the weights times A and B); "ties", "dare_linear", "dare_ties" and
     "magnitude_prune" are "linear" with sparse sums; with "_svd" they are sparse sums of whole updates, cut to a rank.

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from funcadapt._torch import linalg, values_unknown
-from funcadapt.adalora_leaves import LEAVES, cut, layout, mask_of, masks_of
 from funcadapt.adapter import Adapter, TensorTree
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import Leaf
+from funcadapt.parts.adalora_leaves import LEAVES, cut, layout, mask_of, masks_of
 
 if TYPE_CHECKING:
     from funcadapt.methods.adalora import AdaLoraConfig

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funcadapt import lora_leaves, lowrank
 from funcadapt._torch import linalg
 from funcadapt.compose import Level, dense_levels
 from funcadapt.errors import AdapterError, SiteError
@@ -28,6 +27,7 @@ from funcadapt.layer import Layer
 from funcadapt.merge import _join
 from funcadapt.methods import lora
 from funcadapt.methods.lora import LoraConfig
+from funcadapt.parts import lora_leaves, lowrank
 from funcadapt.sites import Site
 
 _ROUNDING = 2.0**-50  # of W' - W in float64, relative to W'

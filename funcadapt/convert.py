@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcadapt import lora_leaves, lowrank
 from funcadapt.adapter import Adapter
 from funcadapt.approximation import Change, blocks_of, change_of, new_leaves, shift_of, widened
 from funcadapt.binding import TOKEN_INDICES, TOKENS, Bound, bind, check_shapes, state_of
@@ -36,6 +35,7 @@ from funcadapt.merge import _join, merge
 from funcadapt.method import method_of
 from funcadapt.methods import lora
 from funcadapt.methods.lora import LoraConfig
+from funcadapt.parts import lora_leaves, lowrank
 from funcadapt.retargeting import aimed_at, carried, named, selected, without
 from funcadapt.sites import Site, tied_names
 from funcadapt.targeting import sites

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import funcadapt as fa
-from funcadapt import adalora_leaves, allocation, targets
+from funcadapt import allocation, targets
 from funcadapt.config import config_from_dict
 from funcadapt.methods import adalora
 from funcadapt.methods.adalora import AdaLoraConfig
+from funcadapt.parts import adalora_leaves
 from funcadapt.sites import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")

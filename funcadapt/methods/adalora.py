@@ -25,8 +25,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from funcadapt import lora_forms, lora_leaves, targets
-from funcadapt.adalora_leaves import (
+from funcadapt import targets
+from funcadapt.layer import Layer, dropout
+from funcadapt.method import Draw, Fresh, Leaf, Method, register
+from funcadapt.methods.lora import LoraConfig
+from funcadapt.parts import lora_forms, lora_leaves
+from funcadapt.parts.adalora_leaves import (
     LEAVES,
     buffers,
     check,
@@ -38,11 +42,8 @@ from funcadapt.adalora_leaves import (
     unpack,
     with_rank,
 )
-from funcadapt.adalora_view import VIEW
-from funcadapt.forms import KINDS, refuse_dropout
-from funcadapt.layer import Layer, dropout
-from funcadapt.method import Draw, Fresh, Leaf, Method, register
-from funcadapt.methods.lora import LoraConfig
+from funcadapt.parts.adalora_view import VIEW
+from funcadapt.parts.forms import KINDS, refuse_dropout
 from funcadapt.sites import Site
 
 

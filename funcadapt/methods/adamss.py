@@ -11,11 +11,11 @@ Init: A the main directions of the cluster's rows of U, B zero: the identity.
 Cost: K k r + k out parameters; 2 K k (columns + out) flops a token forward, and A V^T once a call.
 Dense form: rows of B_i A_i V^T added to W, its last column to b.
 
-The clusters are those of PEFT, which takes scikit-learn's k-means; `funcadapt.kmeans` is the same without it. So a
+The clusters are those of PEFT, which takes scikit-learn's k-means; `parts/kmeans.py` is the same without it. So a
 file of PEFT's means here what it meant there, up to ties. (Else the sizes do not fit, and the first call raises.) PEFT
 derives them again from the base weight when it reads a file, too.
 
-ASA, the adaptive allocation of subspaces, is pure functions over a state: `funcadapt.subspace_allocation`.
+ASA, the adaptive allocation of subspaces, is pure functions over a state: `funcadapt.parts.subspace_allocation`.
 
 Source: Zheng et al. 2025, AdaMSS (NeurIPS). Differs from PEFT: also on transformers' Conv1D, embeddings, convolutions,
 multi-head attention and plain parameters, but not on experts, whose clusters would differ in size; ASA keeps as many
@@ -31,15 +31,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcadapt import svd, targets
+from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, matrix
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts import svd
+from funcadapt.parts.forms import KINDS, add_product, matrix
+from funcadapt.parts.subspace_allocation import update_and_allocate
+from funcadapt.parts.subspaces import count, directions, spaces
 from funcadapt.sites import Site
-from funcadapt.subspace_allocation import update_and_allocate
-from funcadapt.subspaces import count, directions, spaces
 
 _block_diag: Callable[..., Tensor] = torch.block_diag  # pyright: ignore (without types)
 

@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt import lora_forms, lowrank
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_variants import asks
 from funcadapt.method import Leaf, Method, register
 from funcadapt.methods import lora
+from funcadapt.parts import lora_forms, lowrank
+from funcadapt.parts.lora_variants import asks
 
 INPUT = "alora_offsets"
 

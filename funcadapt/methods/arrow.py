@@ -34,8 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt import lora_forms
-from funcadapt.arrow_leaves import (
+from funcadapt.errors import AdapterError, SiteError
+from funcadapt.layer import Layer
+from funcadapt.method import Draw, Fresh, Leaf, Method, method_of, register
+from funcadapt.methods import lora
+from funcadapt.parts import lora_forms
+from funcadapt.parts.arrow_leaves import (
     GAINS,
     LEAVES,
     PROTOTYPES,
@@ -49,11 +53,7 @@ from funcadapt.arrow_leaves import (
     stacked,
     without_general,
 )
-from funcadapt.errors import AdapterError, SiteError
-from funcadapt.layer import Layer
-from funcadapt.lora_variants import asks, check_init
-from funcadapt.method import Draw, Fresh, Leaf, Method, method_of, register
-from funcadapt.methods import lora
+from funcadapt.parts.lora_variants import asks, check_init
 from funcadapt.sites import Site
 
 if TYPE_CHECKING:

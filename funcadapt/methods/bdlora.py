@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcadapt import lora_forms, lora_inits, lowrank
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_variants import asks, check_init, settings
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
 from funcadapt.methods import lora
+from funcadapt.parts import lora_forms, lora_inits, lowrank
+from funcadapt.parts.forms import KINDS
+from funcadapt.parts.lora_variants import asks, check_init, settings
 from funcadapt.sites import Site
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS
 from funcadapt.sites import Site
 
 TARGETS: targets.Targets = {

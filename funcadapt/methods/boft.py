@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt._torch import unflatten
-from funcadapt.checks import check_layers, check_one_of, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.orthogonal import butterfly, cayley, convolved, size_of
+from funcadapt.parts.checks import check_layers, check_one_of, check_positive
+from funcadapt.parts.forms import KINDS, refuse_dropout
+from funcadapt.parts.orthogonal import butterfly, cayley, convolved, size_of
 from funcadapt.sites import Site
 
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from funcadapt._torch import linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS, refuse_dropout
 from funcadapt.sites import Site
 
 

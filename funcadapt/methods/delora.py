@@ -27,9 +27,9 @@ from torch import Tensor
 from funcadapt._torch import linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS, add_product, refuse_dropout
 from funcadapt.sites import Site
 
 _SMALLEST = 1e-4

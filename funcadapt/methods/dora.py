@@ -23,15 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcadapt import _torch, lora_forms, lowrank
+from funcadapt import _torch
 from funcadapt._torch import linalg
 from funcadapt.combining import Algebra, Recipe, Spot, sums_to_one
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_variants import asks
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
 from funcadapt.methods import lora
+from funcadapt.parts import lora_forms, lowrank
+from funcadapt.parts.forms import KINDS
+from funcadapt.parts.lora_variants import asks
 from funcadapt.sites import Site
 
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from funcadapt import targets
-from funcadapt.forms import KINDS, add_weight, is_dense, matrix, sparse
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS, add_weight, is_dense, matrix, sparse
+from funcadapt.parts.spectra import FOURIER, SpectralConfig, check_number, check_spectrum, places, scaled
 from funcadapt.sites import Site
-from funcadapt.spectra import FOURIER, SpectralConfig, check_number, check_spectrum, places, scaled
 
 fft: Any = torch.fft  # a C extension without types
 

@@ -32,13 +32,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt import targets
-from funcadapt.checks import check_bias, check_layers, check_leaves, check_rates
 from funcadapt.config import AdapterConfig
-from funcadapt.forms import KINDS, add_product, refuse_dropout
-from funcadapt.joint_basis import basis, categories, category, check_category, decompose, matrices, off_diagonal, sizes
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.random_projections import restore, stored
+from funcadapt.parts.checks import check_bias, check_layers, check_leaves, check_rates
+from funcadapt.parts.forms import KINDS, add_product, refuse_dropout
+from funcadapt.parts.joint_basis import (
+    basis,
+    categories,
+    category,
+    check_category,
+    decompose,
+    matrices,
+    off_diagonal,
+    sizes,
+)
+from funcadapt.parts.random_projections import restore, stored
 from funcadapt.sites import Site
 
 

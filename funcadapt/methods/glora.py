@@ -26,14 +26,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from funcadapt.checks import check_bias, check_leaves, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_weight, kaiming, matrix
-from funcadapt.holders import holder
 from funcadapt.layer import Layer
-from funcadapt.lora_leaves import neutral, resized
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.checks import check_bias, check_leaves, check_positive
+from funcadapt.parts.forms import KINDS, add_weight, kaiming, matrix
+from funcadapt.parts.holders import holder
+from funcadapt.parts.lora_leaves import neutral, resized
 from funcadapt.sites import Site
 
 PATHS = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")

@@ -24,15 +24,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from funcadapt import lora_forms, scalings
 from funcadapt._torch import unflatten
-from funcadapt.checks import check_bias, check_leaves, check_positive, check_rates
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_weight, kaiming, matrix, refuse_dropout
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts import lora_forms, scalings
+from funcadapt.parts.checks import check_bias, check_leaves, check_positive, check_rates
+from funcadapt.parts.forms import KINDS, add_weight, kaiming, matrix, refuse_dropout
+from funcadapt.parts.lora_leaves import neutral
 from funcadapt.sites import Site
 
 

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_weight, refuse_dropout
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_leaves import neutral, resized
-from funcadapt.lowrank import has_experts
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS, add_weight, refuse_dropout
+from funcadapt.parts.lora_leaves import neutral, resized
+from funcadapt.parts.lowrank import has_experts
 from funcadapt.sites import Site
 
 

@@ -32,14 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt._torch import linalg
-from funcadapt.checks import check_layers, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
-from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.orthogonal import convolved, size_of, turns_input, without_autocast
+from funcadapt.parts.checks import check_layers, check_positive
+from funcadapt.parts.forms import KINDS
+from funcadapt.parts.lora_leaves import neutral
+from funcadapt.parts.orthogonal import convolved, size_of, turns_input, without_autocast
 from funcadapt.sites import Site
 
 

@@ -25,9 +25,9 @@ from funcadapt import targets
 from funcadapt.combining import Algebra, Recipe, Spot, as_scalar, same_shapes, united
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError, TargetError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS
 from funcadapt.sites import Site
 
 

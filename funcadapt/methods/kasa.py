@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from funcadapt import lora_forms, lora_inits, lora_view, lowrank
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_variants import asks, check_init, settings
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
 from funcadapt.methods import lora
+from funcadapt.parts import lora_forms, lora_inits, lora_view, lowrank
+from funcadapt.parts.forms import KINDS
+from funcadapt.parts.lora_variants import asks, check_init, settings
 from funcadapt.sites import Site
 
 if TYPE_CHECKING:

@@ -32,14 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt import scalings
 from funcadapt._torch import unflatten
-from funcadapt.checks import check_layers, check_leaves, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, kaiming
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
+from funcadapt.parts import scalings
+from funcadapt.parts.checks import check_layers, check_leaves, check_positive
+from funcadapt.parts.forms import KINDS, kaiming
 from funcadapt.sites import Site
 from funcadapt.tying import tie
 

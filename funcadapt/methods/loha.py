@@ -31,14 +31,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from funcadapt import lora_forms
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_weight, columns, kaiming, matrix
 from funcadapt.layer import Layer
-from funcadapt.lora_leaves import neutral, resized
-from funcadapt.lycoris import LycorisConfig, buffers, core_shape, dropped, has_core, rate, refuse_dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.scalings import describe
+from funcadapt.parts import lora_forms
+from funcadapt.parts.forms import KINDS, add_weight, columns, kaiming, matrix
+from funcadapt.parts.lora_leaves import neutral, resized
+from funcadapt.parts.lycoris import LycorisConfig, buffers, core_shape, dropped, has_core, rate, refuse_dropout
+from funcadapt.parts.scalings import describe
 from funcadapt.sites import Site
 
 HALVES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "hada_t2"))

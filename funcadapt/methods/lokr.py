@@ -37,12 +37,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_weight, kaiming
 from funcadapt.layer import Layer
-from funcadapt.lora_leaves import neutral
-from funcadapt.lycoris import LycorisConfig, buffers, core_shape, dropped, factorization, has_core, rate, refuse_dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.scalings import describe
+from funcadapt.parts.forms import KINDS, add_weight, kaiming
+from funcadapt.parts.lora_leaves import neutral
+from funcadapt.parts.lycoris import (
+    LycorisConfig,
+    buffers,
+    core_shape,
+    dropped,
+    factorization,
+    has_core,
+    rate,
+    refuse_dropout,
+)
+from funcadapt.parts.scalings import describe
 from funcadapt.sites import Site
 
 

@@ -23,18 +23,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from funcadapt import lora_inits, lowrank
-from funcadapt.checks import check_layers, check_positive, check_rates
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_forms import add_delta, delta_weight, grouped, masked
-from funcadapt.lora_inits import residual
-from funcadapt.lora_leaves import buffers, check, describe, layout, neutral, pack, rank_of, unpack, with_rank
-from funcadapt.lora_variants import Unclaimed, check_variant
-from funcadapt.lora_view import VIEW
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of, register
+from funcadapt.parts import lora_inits, lowrank
+from funcadapt.parts.checks import check_layers, check_positive, check_rates
+from funcadapt.parts.forms import KINDS, refuse_dropout
+from funcadapt.parts.lora_forms import add_delta, delta_weight, grouped, masked
+from funcadapt.parts.lora_inits import residual
+from funcadapt.parts.lora_leaves import buffers, check, describe, layout, neutral, pack, rank_of, unpack, with_rank
+from funcadapt.parts.lora_variants import Unclaimed, check_variant
+from funcadapt.parts.lora_view import VIEW
 from funcadapt.sites import Site
 
 

@@ -21,13 +21,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from funcadapt import lora_forms, lowrank
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
-from funcadapt.lora_variants import asks
 from funcadapt.method import Draw, Fresh, Method, register
 from funcadapt.methods import lora
+from funcadapt.parts import lora_forms, lowrank
+from funcadapt.parts.forms import KINDS
+from funcadapt.parts.lora_variants import asks
 from funcadapt.sites import Site
 
 

@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcadapt import lora_forms, lora_inits, lora_view, lowrank
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_variants import asks, setting, settings
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
 from funcadapt.methods import lora
+from funcadapt.parts import lora_forms, lora_inits, lora_view, lowrank
+from funcadapt.parts.lora_variants import asks, setting, settings
 from funcadapt.sites import Site
 
 if TYPE_CHECKING:

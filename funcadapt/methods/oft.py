@@ -30,15 +30,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from funcadapt.checks import check_layers, check_one_of
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
-from funcadapt.holders import holder
 from funcadapt.layer import Layer
-from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.orthogonal import cayley, convolved, rotated, size_of, skew, turns_input, without_autocast
+from funcadapt.parts.checks import check_layers, check_one_of
+from funcadapt.parts.forms import KINDS
+from funcadapt.parts.holders import holder
+from funcadapt.parts.lora_leaves import neutral
+from funcadapt.parts.orthogonal import cayley, convolved, rotated, size_of, skew, turns_input, without_autocast
 from funcadapt.sites import Site
 
 

@@ -35,10 +35,10 @@ from funcadapt import targets
 from funcadapt._torch import linalg
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, matrix
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.projecting import projected
+from funcadapt.parts.forms import KINDS, add_product, matrix
+from funcadapt.parts.projecting import projected
 from funcadapt.sites import Site
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
@@ -169,18 +169,24 @@ def derive(site: Site, config: OSFConfig, draw: Draw, weight: Callable[[], Tenso
     return {name: leaf.clone(memory_format=torch.contiguous_format) for name, leaf in leaves.items()}
 
 
-def factors(p: Leaf) -> tuple[Tensor, Tensor]:
-    """The update as a product of two matrices of 2 k rows and columns, (2 k, columns) and (out, 2 k)."""
+def parts(p: Leaf) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """U, S and V, whose gradients are projected, and U_0, S_0 and V_0."""
     u0, s0, v0 = p["osf_U_low_init"], p["osf_S_low_init"], p["osf_V_low_init"]
     u_high, v_high = p.get("osf_U_high"), p.get("osf_V_high")
     u = projected(p["osf_U_low"], u0 if u_high is None else u_high, u_high is not None)
     v = projected(p["osf_V_low"].mT, v0.mT if v_high is None else v_high.mT, v_high is not None).mT
-    return torch.cat([v, v0]), torch.cat([u * p["osf_S_low"], -(u0 * s0)], 1)
+    return (u, p["osf_S_low"], v), (u0, s0, v0)
 
 
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + U S V x - U_0 S_0 V_0 x."""
-    return add_product(layer, x, y, *factors(p))
+    (u, s, v), (u0, s0, v0) = parts(p)
+    if layer.site.kind in ("linear", "hf_conv1d") and x.dim() > 1 and x.dtype == u.dtype == y.dtype:
+        # no joined matrices, which are larger than x and y where k is large
+        rows, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        out = torch.addmm(out, torch.mm(rows, v.t()) * s, u.t())
+        return torch.addmm(out, torch.mm(rows, v0.t()) * s0, u0.t(), alpha=-1).view(y.shape).to(y.dtype)
+    return add_product(layer, x, y, torch.cat([v, v0]), torch.cat([u * s, -(u0 * s0)], 1))
 
 
 def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
@@ -191,8 +197,8 @@ def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + U S V - U_0 S_0 V_0."""
-    a, b = factors(p)
-    return (weight + (b @ a).reshape(layer.site.shape)).to(weight.dtype), bias
+    (u, s, v), (u0, s0, v0) = parts(p)
+    return (weight + ((u * s) @ v - (u0 * s0) @ v0).reshape(layer.site.shape)).to(weight.dtype), bias
 
 
 def check(config: OSFConfig, path: str, p: Leaf) -> None:

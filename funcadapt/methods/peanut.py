@@ -29,9 +29,9 @@ from torch import Tensor
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError, did_you_mean
-from funcadapt.forms import KINDS, add_product
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS, add_product
 from funcadapt.sites import Site
 
 

@@ -29,15 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcadapt import svd
-from funcadapt.checks import check_layers, check_rates
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, matrix, refuse_dropout
-from funcadapt.holders import holder
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.orthogonal import cayley, skew, without_autocast
+from funcadapt.parts import svd
+from funcadapt.parts.checks import check_layers, check_rates
+from funcadapt.parts.forms import KINDS, add_product, matrix, refuse_dropout
+from funcadapt.parts.holders import holder
+from funcadapt.parts.orthogonal import cayley, skew, without_autocast
 from funcadapt.sites import Site
 
 

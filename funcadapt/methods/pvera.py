@@ -30,13 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt import targets
-from funcadapt.checks import check_leaves
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.random_projections import (
+from funcadapt.parts.checks import check_leaves
+from funcadapt.parts.forms import KINDS
+from funcadapt.parts.lora_leaves import neutral
+from funcadapt.parts.random_projections import (
     ProjectedConfig,
     add_scaled,
     dense,

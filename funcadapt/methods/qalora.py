@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
-from funcadapt import lora_forms, lowrank
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_variants import asks, check_init
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
 from funcadapt.methods import lora
+from funcadapt.parts import lora_forms, lowrank
+from funcadapt.parts.forms import KINDS
+from funcadapt.parts.lora_variants import asks, check_init
 from funcadapt.sites import Site
 
 

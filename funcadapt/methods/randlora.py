@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcadapt.checks import check_common, check_leaves
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.random_projections import restore, widest
+from funcadapt.parts.checks import check_common, check_leaves
+from funcadapt.parts.forms import KINDS, add_product, columns, refuse_dropout
+from funcadapt.parts.random_projections import restore, widest
 from funcadapt.sites import Site
 
 BASES = ("randlora_A", "randlora_B")

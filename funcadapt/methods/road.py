@@ -26,9 +26,9 @@ from torch import Tensor
 from funcadapt._torch import unflatten
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS
 from funcadapt.sites import Site
 
 _PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # angles

@@ -29,9 +29,9 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_entries, add_sparse, add_weight, flat, is_dense, matrix, sparse
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts.forms import KINDS, add_entries, add_sparse, add_weight, flat, is_dense, matrix, sparse
 from funcadapt.sites import Site
 
 

@@ -25,14 +25,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from funcadapt import lora_forms
-from funcadapt.checks import check_rates
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_entries, add_sparse, add_weight, is_dense, matrix, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.methods.shira import has_duplicates
+from funcadapt.parts import lora_forms
+from funcadapt.parts.checks import check_rates
+from funcadapt.parts.forms import KINDS, add_entries, add_sparse, add_weight, is_dense, matrix, refuse_dropout
 from funcadapt.sites import Site
 
 

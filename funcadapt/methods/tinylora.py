@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt._torch import linalg
-from funcadapt.checks import check_common, check_leaves, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, add_products, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
+from funcadapt.parts.checks import check_common, check_leaves, check_positive
+from funcadapt.parts.forms import KINDS, add_product, add_products, columns, refuse_dropout
 from funcadapt.sites import Site
 
 _V, _GROUP = "tinylora_v.", "tinylora_group_"

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt.checks import check_common, check_layers, check_leaves, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, add_products, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.pcg64 import indices
+from funcadapt.parts.checks import check_common, check_layers, check_leaves, check_positive
+from funcadapt.parts.forms import KINDS, add_product, add_products, columns, refuse_dropout
+from funcadapt.parts.pcg64 import indices
 from funcadapt.sites import Site
 
 _OF_SITES: tuple[str, ...] = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt import targets
-from funcadapt.checks import check_common, check_leaves
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import KINDS, add_product, columns, refuse_dropout
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
+from funcadapt.parts.checks import check_common, check_leaves
+from funcadapt.parts.forms import KINDS, add_product, columns, refuse_dropout
 from funcadapt.sites import Site
 
 BANK = "vblora_vector_bank"

@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funcadapt import lora_forms, lora_inits
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_variants import asks, setting, settings
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
 from funcadapt.methods import lora
+from funcadapt.parts import lora_forms, lora_inits
+from funcadapt.parts.lora_variants import asks, setting, settings
 from funcadapt.sites import Site
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from funcadapt import targets
-from funcadapt.checks import check_leaves
-from funcadapt.forms import KINDS, refuse_dropout
 from funcadapt.layer import Layer, dropout
-from funcadapt.lora_leaves import neutral
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.random_projections import (
+from funcadapt.parts.checks import check_leaves
+from funcadapt.parts.forms import KINDS, refuse_dropout
+from funcadapt.parts.lora_leaves import neutral
+from funcadapt.parts.random_projections import (
     ProjectedConfig,
     add_scaled,
     dense,

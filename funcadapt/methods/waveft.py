@@ -17,7 +17,7 @@ Dense form: W + D. Convolutions and embeddings, where in is the size of a row of
 
 Source: Bilican et al. 2025, arXiv:2505.12532.
 Differs from PEFT: no transform of a dense matrix per call; `wavelet_family` "coif5" works, and the families without
-filters are refused by the config, not by the first call (see `funcadapt/wavelets.py`). Also on embeddings,
+filters are refused by the config, not by the first call (see `funcadapt/parts/wavelets.py`). Also on embeddings,
 convolutions (in each group), multi-head attention and plain parameters; `torch.func` transforms work.
 """
 
@@ -31,13 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt import targets, wavelets
+from funcadapt import targets
 from funcadapt.errors import did_you_mean
-from funcadapt.forms import KINDS, add_sparse, add_weight, is_dense, matrix, sparse
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts import wavelets
+from funcadapt.parts.forms import KINDS, add_sparse, add_weight, is_dense, matrix, sparse
+from funcadapt.parts.spectra import FOURIER, SpectralConfig, check_number, check_spectrum, places, scaled
 from funcadapt.sites import Site
-from funcadapt.spectra import FOURIER, SpectralConfig, check_number, check_spectrum, places, scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from funcadapt import arrow_leaves, lora_forms
 from funcadapt.methods import lora
+from funcadapt.parts import arrow_leaves, lora_forms
 from funcadapt.view.holding import put
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.walking import layers, view_state

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcadapt import lora_inits
 from funcadapt._torch import linalg
 from funcadapt.layer import Layer
+from funcadapt.parts import lora_inits
 from funcadapt.recipes.inits import context, gradients
 from funcadapt.recipes.inits.common import LINEAR
 from funcadapt.sites import Site

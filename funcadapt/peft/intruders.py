@@ -24,8 +24,8 @@ from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
 from funcadapt.keys import encode
 from funcadapt.layer import Layer
-from funcadapt.lowrank import factor_names, factors
 from funcadapt.method import method_of
+from funcadapt.parts.lowrank import factor_names, factors
 from funcadapt.peft.utils.save_and_load import set_peft_model_state_dict
 from funcadapt.view import adapter_of
 from funcadapt.view.layer import AdapterLayer

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import funcadapt as fa
-from funcadapt import kmeans, subspace_allocation
+from funcadapt.parts import kmeans, subspace_allocation
 
 # -- clusters ---------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import funcadapt as fa
 import funcadapt.peft as shim
-from funcadapt import arrow_leaves
 from funcadapt.methods import arrow as ar
+from funcadapt.parts import arrow_leaves
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
 

@@ -13,7 +13,7 @@ from specs.boft import permutation, rotation
 from torch import nn
 
 import funcadapt as fa
-from funcadapt.orthogonal import butterfly
+from funcadapt.parts.orthogonal import butterfly
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of the CUDA extension
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import funcadapt as fa
 import funcadapt.peft as shim
-from funcadapt.joint_basis import basis, category, decompose, depth
+from funcadapt.parts.joint_basis import basis, category, decompose, depth
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import funcadapt as fa
-from funcadapt.lycoris import factorization
+from funcadapt.parts.lycoris import factorization
 
 
 def random(model: nn.Module, config: fa.AdapterConfig) -> fa.Adapter:

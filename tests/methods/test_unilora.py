@@ -11,7 +11,7 @@ from peft.tuners.unilora.model import UniLoraModel
 from torch import nn
 
 import funcadapt as fa
-from funcadapt.pcg64 import Stream, indices
+from funcadapt.parts.pcg64 import Stream, indices
 
 SEEDS = (0, 1, 42, 2**31 - 1, 2**32, 2**64 + 12345, 2**130 + 7)
 

@@ -13,8 +13,8 @@ from peft_tools import peft_save, wrap
 from torch import nn
 
 import funcadapt as fa
-from funcadapt import wavelets
 from funcadapt.methods.waveft import analysis, synthesis
+from funcadapt.parts import wavelets
 
 
 def _model(inputs: int, outputs: int) -> nn.Sequential:

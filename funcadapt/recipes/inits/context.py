@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import funcadapt as fa
 from funcadapt._torch import linalg
 from funcadapt.errors import AdapterError
-from funcadapt.lora_variants import settings
+from funcadapt.parts.lora_variants import settings
 from funcadapt.recipes.inits.common import Forward, Rows, flat, linear_sites, watch, weight_of, with_factors
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import funcadapt as fa
 from funcadapt._torch import fork_rng
 from funcadapt.errors import AdapterError, SiteError
-from funcadapt.lora_variants import settings
+from funcadapt.parts.lora_variants import settings
 from funcadapt.recipes.inits.common import linear_sites, weight_of, with_factors
 
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")

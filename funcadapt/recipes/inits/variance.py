@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import funcadapt as fa
 from funcadapt.errors import AdapterError
-from funcadapt.lora_leaves import patterns
-from funcadapt.lora_variants import settings
+from funcadapt.parts.lora_leaves import patterns
+from funcadapt.parts.lora_variants import settings
 from funcadapt.pca import IncrementalPCA
 from funcadapt.recipes.inits.common import Forward, Rows, flat, linear_sites, watch, with_factors
 from funcadapt.sites import Site

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcadapt import lora_leaves
 from funcadapt.errors import SiteError
 from funcadapt.method import Leaf
 from funcadapt.methods.lora import LoraConfig
+from funcadapt.parts import lora_leaves
 
 
 def describe(config: Any, leaves: Mapping[str, Leaf], rank: int | None = None) -> Any:

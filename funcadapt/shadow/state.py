@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcadapt.errors import AdapterError
-from funcadapt.shadow_backbone import ShadowConfig
+from funcadapt.shadow.backbone import ShadowConfig
 
 Leaves = Mapping[str, Tensor]
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcadapt.checks import check_common
 from funcadapt.config import AdapterConfig
-from funcadapt.forms import columns
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Leaf
+from funcadapt.parts.checks import check_common
+from funcadapt.parts.forms import columns
 from funcadapt.sites import Site
 
 

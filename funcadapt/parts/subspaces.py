@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from funcadapt import svd
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
-from funcadapt.kmeans import clusters
 from funcadapt.method import Leaf
+from funcadapt.parts import svd
+from funcadapt.parts.kmeans import clusters
 
 if TYPE_CHECKING:
     from funcadapt.methods.adamss import AdamssConfig

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from funcadapt import lora_leaves
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
-from funcadapt.lora_variants import settings
 from funcadapt.method import Leaf
+from funcadapt.parts import lora_leaves
+from funcadapt.parts.lora_variants import settings
 
 if TYPE_CHECKING:
     from funcadapt.methods.lora import LoraConfig

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from funcadapt._torch import unflatten
 from funcadapt.errors import SiteError
-from funcadapt.lowrank import factor_names, factors, has_experts
 from funcadapt.method import Leaf
+from funcadapt.parts.lowrank import factor_names, factors, has_experts
 
 if TYPE_CHECKING:
     from funcadapt.methods.lora import LoraConfig

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from funcadapt import loftq, svd
+from funcadapt import loftq
 from funcadapt._torch import linalg
 from funcadapt.errors import SiteError
-from funcadapt.lowrank import factors
 from funcadapt.method import Draw, Leaf
+from funcadapt.parts import svd
+from funcadapt.parts.lowrank import factors
 
 if TYPE_CHECKING:
     from funcadapt.methods.lora import LoraConfig

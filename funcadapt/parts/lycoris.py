@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcadapt.checks import check_layers, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.drawing import _scrambled as scrambled  # pyright: ignore[reportPrivateUsage]
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
+from funcadapt.parts.checks import check_layers, check_positive
 from funcadapt.sites import Site
 
 

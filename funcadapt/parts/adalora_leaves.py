@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from funcadapt import lora_leaves
 from funcadapt.errors import SiteError
 from funcadapt.method import Leaf
+from funcadapt.parts import lora_leaves
 
 if TYPE_CHECKING:
     from funcadapt.methods.adalora import AdaLoraConfig

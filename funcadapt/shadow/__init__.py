@@ -56,22 +56,22 @@ from funcadapt.engine import _REENTRANT, Installation
 from funcadapt.errors import AdapterError, AdapterFileError, SiteError, did_you_mean
 from funcadapt.pytrees import register_pytree
 from funcadapt.recompute import calling
-from funcadapt.shadow_backbone import ShadowConfig as ShadowConfig
-from funcadapt.shadow_backbone import Skeleton as Skeleton
-from funcadapt.shadow_backbone import backbone_of as backbone_of
-from funcadapt.shadow_backbone import block_paths as block_paths
-from funcadapt.shadow_backbone import classifier_of as classifier_of
-from funcadapt.shadow_backbone import make_backbone as make_backbone
-from funcadapt.shadow_backbone import shares as shares
-from funcadapt.shadow_backbone import size_of as size_of
-from funcadapt.shadow_backbone import skeleton as skeleton
-from funcadapt.shadow_state import Leaves as Leaves
-from funcadapt.shadow_state import Run as Run
-from funcadapt.shadow_state import advance as advance
-from funcadapt.shadow_state import block_shapes as block_shapes
-from funcadapt.shadow_state import inject as inject
-from funcadapt.shadow_state import join_caches as join_caches
-from funcadapt.shadow_state import split_cache as split_cache
+from funcadapt.shadow.backbone import ShadowConfig as ShadowConfig
+from funcadapt.shadow.backbone import Skeleton as Skeleton
+from funcadapt.shadow.backbone import backbone_of as backbone_of
+from funcadapt.shadow.backbone import block_paths as block_paths
+from funcadapt.shadow.backbone import classifier_of as classifier_of
+from funcadapt.shadow.backbone import make_backbone as make_backbone
+from funcadapt.shadow.backbone import shares as shares
+from funcadapt.shadow.backbone import size_of as size_of
+from funcadapt.shadow.backbone import skeleton as skeleton
+from funcadapt.shadow.state import Leaves as Leaves
+from funcadapt.shadow.state import Run as Run
+from funcadapt.shadow.state import advance as advance
+from funcadapt.shadow.state import block_shapes as block_shapes
+from funcadapt.shadow.state import inject as inject
+from funcadapt.shadow.state import join_caches as join_caches
+from funcadapt.shadow.state import split_cache as split_cache
 from funcadapt.swapping import slot_of
 from funcadapt.targeting import is_saved
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from funcadapt._torch import linalg
-from funcadapt.checks import check_leaves
 from funcadapt.errors import SiteError
-from funcadapt.forms import columns
 from funcadapt.method import Leaf
+from funcadapt.parts.checks import check_leaves
+from funcadapt.parts.forms import columns
 from funcadapt.sites import Site
 
 

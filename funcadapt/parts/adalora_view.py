@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from funcadapt import lora_view
 from funcadapt.method import Draw, View
+from funcadapt.parts import lora_view
 
 if TYPE_CHECKING:
     from funcadapt.methods.adalora import AdaLoraConfig

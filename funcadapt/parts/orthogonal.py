@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from funcadapt._torch import linalg, unflatten
-from funcadapt.forms import columns
 from funcadapt.layer import Layer
+from funcadapt.parts.forms import columns
 from funcadapt.sites import Site
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
-from funcadapt.lowrank import factors
 from funcadapt.method import Leaf
+from funcadapt.parts.lowrank import factors
 
 PRODUCTS = frozenset({"linear", "hf_conv1d"})
 """Kinds whose forward is one product, over rows of any number."""

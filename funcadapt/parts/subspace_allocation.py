@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from funcadapt.adapter import TensorTree
-from funcadapt.subspaces import count
+from funcadapt.parts.subspaces import count
 
 if TYPE_CHECKING:
     from funcadapt.methods.adamss import AdamssConfig

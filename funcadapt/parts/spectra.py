@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from funcadapt import targets
-from funcadapt.checks import check_layers, check_positive
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
-from funcadapt.forms import matrix
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Leaf
+from funcadapt.parts.checks import check_layers, check_positive
+from funcadapt.parts.forms import matrix
 from funcadapt.sites import Site
 
 FOURIER: targets.Targets = {**targets.LORA, "gpt2": ("mlp.c_proj",), "gpt_bigcode": ("mlp.c_proj",)}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from funcadapt import lora_inits
 from funcadapt.method import Draw, View
+from funcadapt.parts import lora_inits
 
 if TYPE_CHECKING:
     from funcadapt.methods.lora import LoraConfig
