@@ -7,8 +7,9 @@ v_proj, paired with PEFT's same method and with the bare model in one process. `
 backward pass beyond what the bare model keeps, in MB.
 `quality`: the loss on held-out text after the same 200 steps of AdamW on the same text, from the same seed, on the
 first six layers of SmolLM2 (all thirty would take hours on two cores): adapters repair what cutting the model broke.
-`lines`: lines of code, without docstrings and comments, of a method's file, and of PEFT's package for it.
-`table`: all of it in one table, and `results/methods.png`, quality against parameters.
+`lines`: lines of code, without docstrings and comments, of a method's file and the parts that no other method uses, and
+of PEFT's package for it.
+`table`: all of it in one table, here and in the README, and `results/methods.png`, quality against parameters.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import copy
 import gc
 import io
 import json
+import re
 import sys
 import tokenize
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,13 +284,27 @@ def code_lines(source: str) -> int:
     return len(found - strings)
 
 
+def parts_of(file: Path, found: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The modules of `funcadapt.parts` that a file is made of, also by way of others."""
+    source = file.read_text()
+    names = set(re.findall(r"from funcadapt\.parts\.(\w+) import", source))
+    for group in re.findall(r"from funcadapt\.parts import ([\w, ]+)", source):
+        names |= set(group.split(", "))
+    for name in names - found:
+        found = parts_of(Path(fa.__file__).parent / "parts" / f"{name}.py", found | {name})
+    return found
+
+
 def lines(names: list[str]) -> None:
     """Lines of code of each method."""
+    every = {file.stem: parts_of(file) for file in Path(fa.methods.__file__).parent.glob("[a-z]*.py")}
+    users = Counter(part for found in every.values() for part in found)
     root, package = Path(peft.__file__).parent / "tuners", Path(fa.methods.__file__).parent
     variants = {"dora": "dora.py", "velora": "velora.py", "monteclora": "monteclora.py"}
     rows: list[dict[str, Any]] = []
     for name in names:
-        own = code_lines((package / f"{name}.py").read_text())
+        alone = [package.parent / "parts" / f"{part}.py" for part in every[name] if users[part] == 1]
+        own = sum(code_lines(file.read_text()) for file in (package / f"{name}.py", *alone))
         if CONFIGS[name][0] == "LoraConfig" and name != "lora":
             file = root / "lora" / variants.get(name, "")
             whole = code_lines(file.read_text()) if file.is_file() else None
@@ -310,6 +327,7 @@ def table(names: list[str]) -> None:
     columns = ["method", "parameters", "forward / peft", "train ms", "train / peft", "saved MB", "peft saved MB",
                "loss", "lines", "peft lines"]  # fmt: skip
     report("methods_table", list(found.values()), columns)
+    write_table(list(found.values()))
     path = RESULTS / "methods_quality.json"
     if not path.exists():
         return
@@ -329,6 +347,25 @@ def table(names: list[str]) -> None:
     axes.axhline(rows[0]["before"], linewidth=0.8, linestyle=":", color="grey")
     figure.tight_layout()
     figure.savefig(RESULTS / "methods.png", dpi=130)
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """The table of the README."""
+    head = ["method", "parameters", "forward / PEFT", "step, ms", "step / PEFT", "saved MB, ours / PEFT's", "loss"]
+    text = [f"| {' | '.join(head)} | lines, ours / PEFT's |", "|" + " --- |" * 8]
+    for row in rows:
+
+        def cell(key: str, form: str = "", row: dict[str, Any] = row) -> str:
+            return format(row[key], form) if row.get(key) is not None else "-"
+
+        cells = [row["method"], cell("parameters", ","), cell("forward / peft", ".2f"), cell("train ms", ".0f")]
+        cells += [cell("train / peft", ".2f"), f"{cell('saved MB', '.1f')} / {cell('peft saved MB', '.1f')}"]
+        cells += [cell("loss", ".3f"), f"{cell('lines')} / {cell('peft lines')}"]
+        text.append(f"| {' | '.join(cells)} |")
+    path = Path(__file__).parents[1] / "README.md"
+    start, end = "<!-- methods -->\n", "<!-- end of methods -->\n"
+    before, rest = path.read_text().split(start)
+    path.write_text(before + start + "\n".join(text) + "\n" + end + rest.split(end)[1])
 
 
 def main() -> None:

@@ -155,7 +155,8 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
         x = dropout(layer, x, config.lora_dropout)
     site, r = layer.site, p["lora_A"].shape[0]
     # reshaped to the site's sizes, so that a wrong one raises
-    a, b = p["lora_A"].reshape(r, *site.shape[1:]), p["lora_B"].reshape(site.out_features, r)
+    a, b = p["lora_A"].reshape(r, *site.shape[1:]), p["lora_B"]
+    b = b.reshape(site.out_features, b.shape[1])
     strength = p["lora_E"].reshape(r) * scale(p)  # on A x, which is less than A
     if not site.kind.startswith("conv"):
         return lora_forms.add_delta(layer, {"lora_A": a, "lora_B": b, "scaling": strength}, x, y).to(y.dtype)
