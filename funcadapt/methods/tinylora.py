@@ -149,19 +149,18 @@ def _own(names: Iterable[str]) -> str:
     return next(_V + name.removeprefix(_GROUP) for name in names if name.startswith(_GROUP))
 
 
-def inner(p: Leaf, *lead: int) -> Tensor:
-    """R A (*lead, r, columns), the trained half of the product."""
-    a, projections = p["tinylora_A"], p["tinylora_P"]
+def middle(p: Leaf, *lead: int) -> Tensor:
+    """R (*lead, r, r), made of the trained numbers."""
+    projections = p["tinylora_P"]
     u, r, _ = projections.shape[len(lead) :]
     v = p[_own(p)].reshape(*lead, 1, u).to(projections.dtype)
-    return (v @ projections.reshape(*lead, u, r * r)).reshape(*lead, r, r) @ a
+    return (v @ projections.reshape(*lead, u, r * r)).reshape(*lead, r, r)
 
 
 def factors(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor]:
-    """Two matrices (r, columns) and (out, r) whose product is the update."""
-    if layer.site.kind != "embedding":
-        return inner(p), p["tinylora_B"]
-    return p["tinylora_B"].t(), inner(p).t()
+    """Two matrices (r, columns) and (out, r) whose product is the update; R in the second, so that x is not kept."""
+    a, b = p["tinylora_A"], p["tinylora_B"]
+    return (b.t(), (middle(p) @ a).t()) if layer.site.kind == "embedding" else (a, b @ middle(p))
 
 
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
@@ -177,7 +176,8 @@ def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:
     if layer.site.kind not in ("linear", "hf_conv1d"):
         return NotImplemented
     x = dropout(layer, x, config.tinylora_dropout)
-    return add_products(x, y, inner(p, p["tinylora_A"].shape[0]), p["tinylora_B"])
+    a = p["tinylora_A"]
+    return add_products(x, y, a, p["tinylora_B"] @ middle(p, a.shape[0]))
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
