@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
+from funcadapt.errors import SiteError
 from funcadapt.sites import Site
 
 Dense = tuple[Tensor, Tensor | None]
@@ -58,10 +59,20 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight that this adapter wraps, canonical: (out, in, *kernel), experts first if there are any."""
+        """The weight that this adapter wraps, canonical: (out, in, *kernel), experts first if there are any.
+
+        Raises:
+            SiteError: if it is quantised: what is stored is not what the layer multiplies with.
+        """
         if self.below is not None:
             return self.below()[0]
-        return self.canonical(getattr(self.module, self.site.parameter))
+        stored = getattr(self.module, self.site.parameter)
+        if not stored.is_floating_point():
+            raise SiteError(
+                f"The weight at {self.site.path!r} is quantised ({stored.dtype}), and the method or its init reads it. "
+                "Choose one that does not, such as LoRA, or load the model without quantisation."
+            )
+        return self.canonical(stored)
 
     @property
     def bias(self) -> Tensor | None:

@@ -297,7 +297,8 @@ class Method:
         pack: the leaves of experts in the shapes that PEFT stores, where they differ.
         unpack: the inverse, given the site's config.
         dropout: the probability of dropout in the hooks; the dense form cannot have any.
-        residual: for an init that takes a part out of the base weight (PiSSA): the corrected weight. None otherwise.
+        residual: (config, leaves, what gives the base weight) -> for an init that takes a part out of it (PiSSA): the
+            corrected weight. None otherwise; then the weight is not read, which may be quantised.
         reads: the config fields that the hooks read (dropout left out), which must agree among stacked adapters; None
             for all but the patterned ones.
         rank_field: the config field that says the rank, if there is one.
@@ -350,7 +351,7 @@ class Method:
     pack: Callable[[Leaf], Leaf] = _identity
     unpack: Callable[[Any, Leaf], Leaf] = _second
     dropout: Callable[[Any], float] = lambda config: 0.0
-    residual: Callable[[Any, Leaf, Tensor], Tensor | None] = lambda config, p, weight: None
+    residual: Callable[[Any, Leaf, Callable[[], Tensor]], Tensor | None] = lambda config, p, weight: None
     reads: frozenset[str] | None = None
     rank_field: str = "r"
     with_rank: Callable[[Leaf, int, int], Leaf] | None = None

@@ -475,7 +475,7 @@ def test_a_quantised_weight_is_refused_unless_factors_are_known() -> None:
     quantised = copy.deepcopy(model)
     for layer in quantised:
         layer.weight = nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(fa.SiteError, match=r"The weight at '0' is quantised \(torch.uint8\): it has no dense form"):
+    with pytest.raises(fa.SiteError, match=r"The weight at '0' is quantised \(torch.uint8\)"):
         fa.convert(quantised, ia3(model, target_modules=["0"]), fa.LoraConfig(lora_bias=True))
     made = fa.convert(quantised, adapter, fa.LoraConfig(r=2, lora_alpha=8))
     assert torch.equal(made.params["0"]["lora_A"], adapter.params["0"]["lora_A"])

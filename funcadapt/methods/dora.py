@@ -65,7 +65,7 @@ def init(site: Site, config: lora.LoraConfig, draw: Draw, weight: Callable[[], T
         norm = draw.zeros(*site.stack, site.out_features)
     else:
         a, b, scaling = lowrank.factors({**params, **buffers})
-        base = lora.residual(config, {**params, **buffers}, weight())
+        base = lora.residual(config, {**params, **buffers}, weight)
         w = weight() if base is None else base
         norms = torch.func.vmap(row_norm, (0, 0, 0, None)) if site.stack else row_norm
         norm = draw.cast(norms(w, a, b, scaling))

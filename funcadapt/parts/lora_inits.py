@@ -166,16 +166,17 @@ def _loftq(config: LoraConfig) -> tuple[int, int]:
     return given.get("loftq_bits", 4), given.get("loftq_iter", 1)
 
 
-def residual(config: LoraConfig, p: Leaf, weight: Tensor) -> Tensor | None:
+def residual(config: LoraConfig, p: Leaf, weight: Callable[[], Tensor]) -> Tensor | None:
     """The base weight less s * B A, for PiSSA and its like; None for the inits that leave the base alone."""
     how = config.init_lora_weights
     if not isinstance(how, str) or how in _BESIDE:
         return None
     a, b, scaling = factors(p)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    if how == "loftq":
-        bits, iterations = _loftq(config)
-        return loftq.decomposed(weight, bits, config.r, iterations)[0].to(weight.dtype)
     if how == "lora_ga" and not b.any():
         return None  # no recipe has seen data
-    return (weight.to(wide) - (b.to(wide) * scaling.to(wide)) @ a.to(wide)).to(weight.dtype)
+    base = weight()
+    wide = torch.promote_types(base.dtype, torch.float32)
+    if how == "loftq":
+        bits, iterations = _loftq(config)
+        return loftq.decomposed(base, bits, config.r, iterations)[0].to(base.dtype)
+    return (base.to(wide) - (b.to(wide) * scaling.to(wide)) @ a.to(wide)).to(base.dtype)

@@ -13,7 +13,7 @@ import funcadapt as fa
 from funcadapt.activations import watched
 from funcadapt.errors import SiteError
 from funcadapt.init import init_with_base
-from funcadapt.layer import Layer
+from funcadapt.layer import Given, Layer
 from funcadapt.sites import Site
 
 LINEAR = ("linear", "hf_conv1d")
@@ -112,7 +112,7 @@ def with_factors(
     for site in fa.sites(model, config):
         at: Any = adapter.config.at(site.path)
         layer = Layer(site, model.get_submodule(site.owner), at)
-        corrected = method.residual(at, adapter.leaves(site.path), layer.weight.detach())
+        corrected = method.residual(at, adapter.leaves(site.path), Given(layer))
         if corrected is not None:
             base[site.weight_name] = layer.stored(corrected)
     return adapter, base
