@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funcadapt._torch import linalg
+from funcadapt._torch import in_functorch, linalg
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, register
@@ -128,7 +128,7 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * B A drop(x); in training the gradient of A is that of the compressed input."""
     config: Any = layer.config
     x = dropout(layer, x, config.lora_dropout).to(p["lora_A"].dtype)
-    if not layer.training:
+    if not (layer.training and (torch.is_grad_enabled() or in_functorch())):  # the values are LoRA's
         return lora_forms.add_delta(layer, p, x, y).to(y.dtype)
     a, given = p["lora_A"], config.velora_config
     groups, scale = setting(Settings, given, "num_groups"), setting(Settings, given, "scale")
