@@ -25,7 +25,7 @@ KINDS = frozenset({"linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv
 
 def matrix(site: Site) -> tuple[int, int]:
     """The sizes of the weight as a matrix, (out, in)."""
-    return site.out_features, math.prod(site.shape[1:])
+    return site.out_features, columns(site)
 
 
 def columns(site: Site) -> int:

@@ -256,16 +256,18 @@ class XLoraModel(BaseTuner):
 
     # -- files ------------------------------------------------------------------------------------------
 
-    def own_state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the classifier."""
+    def own_state_dict(self, adapter_name: str) -> dict[str, Tensor]:
+        """What a checkpoint holds: the classifier, which all adapters share."""
         own = self.internal_xlora_classifier.state_dict()
         return {xlora.PREFIX + name: value for name, value in own.items()}
 
-    def load_own_state_dict(self, tensors: Mapping[str, Tensor]) -> Any:
+    def load_own_state_dict(self, tensors: Mapping[str, Tensor], adapter_name: str, ignore_mismatched: bool) -> Any:
         """Read a checkpoint.
 
         Args:
             tensors: key -> tensor.
+            adapter_name: of no meaning here.
+            ignore_mismatched: likewise; every tensor must fit.
 
         Returns:
             The missing keys and the unexpected ones.

@@ -29,6 +29,10 @@ from funcadapt.view.walking import root_of, unwrapped, view_state
 _FACTORS = (".lora_A", ".lora_B")
 
 
+# What is beside the layers rather than at them: their tuner models know what their checkpoints hold.
+_BESIDE = ("XLORA", "SHADOW")
+
+
 def config_of(model: Any, adapter_name: str) -> Any:
     """The config of an adapter of a model, in PEFT's form.
 
@@ -90,9 +94,7 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
-    if config.peft_type == "XLORA":
-        return model.base_model.own_state_dict()
-    if config.peft_type == "SHADOW":
+    if config.peft_type in _BESIDE:
         return model.base_model.own_state_dict(adapter_name)
     found = adapter_state_dict(
         model, adapter_name, state_dict, save_embedding_layers, config=config.to_funcadapt(), lookup=_vocabulary
@@ -165,9 +167,7 @@ def set_peft_model_state_dict(
         RuntimeError: if a tensor does not fit. The model is unchanged then.
     """
     config = config_of(model, adapter_name)
-    if config.peft_type == "XLORA":
-        return model.base_model.load_own_state_dict(peft_model_state_dict)
-    if config.peft_type == "SHADOW":
+    if config.peft_type in _BESIDE:
         return model.base_model.load_own_state_dict(peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
     tensors = dict(peft_model_state_dict)
     return load_adapter_state_dict(
