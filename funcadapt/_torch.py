@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,15 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tu
 def in_functorch() -> bool:
     """Whether a `torch.func` transform is active (there is no public query)."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+
+
+def outside_functorch() -> contextlib.AbstractContextManager[Any]:
+    """A block that no `torch.func` transform sees: for constants, by kernels that none of them goes through."""
+    if is_compiling() or not in_functorch():
+        return contextlib.nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 def values_unknown() -> bool:

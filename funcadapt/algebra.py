@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from funcadapt import _torch
 from funcadapt.adapter import Adapter
 from funcadapt.combining import COMBINATIONS, SPARSE, Member, Recipe, Spot
-from funcadapt.errors import AdapterError, SiteError, did_you_mean
+from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.layer import Layer
 from funcadapt.method import Leaf, Method, method_of
 from funcadapt.sites import describe
@@ -301,9 +301,6 @@ def _base(model: nn.Module | None, path: str, config: Any, method: Method) -> Ca
                 "combination. Pass the model: model=model."
             )
         site, module = describe(model, path)
-        canonical = Layer(site, module, config).weight.detach()
-        if not canonical.is_floating_point():
-            raise SiteError(f"The weight at {path!r} is quantised ({canonical.dtype}): it cannot be combined with.")
-        return canonical
+        return Layer(site, module, config).weight.detach()
 
     return weight

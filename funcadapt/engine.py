@@ -23,6 +23,7 @@ from funcadapt._torch import checkpoint
 from funcadapt.binding import Entry, ModelState, Place, Tokens, Whole, bind, check_shapes
 from funcadapt.compose import Forward, Hooked, Level, Weight, nest
 from funcadapt.errors import AdapterError, BypassWarning, did_you_mean
+from funcadapt.quantised import transformable
 from funcadapt.recompute import checkpoint_context
 from funcadapt.sites import tied_names
 from funcadapt.splitting import Assignment, Root, Split
@@ -111,6 +112,10 @@ class Installation:
 
     def _prepare(self, parameters: Mapping[str, Tensor] | None) -> None:
         bound = self.bound
+        if self.state is not None and _torch.in_functorch():
+            for module, forward in transformable(self.model):
+                if not isinstance(vars(module).get("forward"), Hooked):  # an outer call's adapters
+                    self.forwards[id(module)] = module, forward
         if parameters:
             self._override(parameters)
         owners: dict[int, Owner] = {}
@@ -161,7 +166,7 @@ class Installation:
     def _hook(self, levels: list[Level], place: Place) -> None:
         module, site, path = place.module, place.site, place.path
         assert site is not None
-        base: Any = module.forward
+        base: Any = self._forward(module)
         below = base.dense if isinstance(base, Hooked) else None  # an outer call's adapters
         inner = nest(base, levels, site, module, below)
         if self.state is not None:

@@ -156,7 +156,7 @@ def initialise(
         at, module = config.at(site.path), model.get_submodule(site.owner)
         layer = Layer(site, module, at)
         made = fresh(method, site, at, draw_of(site, at), Given(layer))
-        corrected = method.residual(at, {**made.params, **made.buffers}, Given(layer))
+        corrected = method.residual(at, {**made.params, **made.buffers}, Given(layer, changes=True))
         if corrected is not None:
             base[site.weight_name] = layer.stored(corrected)
         made = _without_single_expert_axis(site, made)

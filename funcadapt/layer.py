@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
+from funcadapt.quantised import check_writable, dequantised, is_quantised
 from funcadapt.sites import Site
 
 Dense = tuple[Tensor, Tensor | None]
@@ -61,17 +62,23 @@ class Layer:
     def weight(self) -> Tensor:
         """The weight that this adapter wraps, canonical: (out, in, *kernel), experts first if there are any.
 
+        Of a quantised layer it is dequantised on every access, and no constant that is kept.
+
         Raises:
-            SiteError: if it is quantised: what is stored is not what the layer multiplies with.
+            SiteError: if it is quantised and cannot be dequantised.
         """
         if self.below is not None:
             return self.below()[0]
-        stored = getattr(self.module, self.site.parameter)
-        if not stored.is_floating_point():
-            raise SiteError(
-                f"The weight at {self.site.path!r} is quantised ({stored.dtype}), and the method or its init reads it. "
-                "Choose one that does not, such as LoRA, or load the model without quantisation."
-            )
+        stored: Any = getattr(self.module, self.site.parameter, None)
+        if is_quantised(stored):
+            try:
+                stored = dequantised(self.module, self.site.parameter)
+            except (TypeError, NotImplementedError, RuntimeError) as error:
+                kind = "packed" if stored is None else str(stored.dtype)
+                raise SiteError(
+                    f"The weight at {self.site.path!r} is quantised ({kind}), {self.config.peft_type} or its init "
+                    f"reads it, and it cannot be dequantised: {error}\nA method that does not read it, such as LoRA, can act."
+                ) from error
         return self.canonical(stored)
 
     @property
@@ -202,11 +209,13 @@ def dropout(layer: Layer, x: Tensor, p: float) -> Tensor:
 class Given:
     """The base weight of a layer, for inits: called, the canonical weight; `bias` is the bias, or None."""
 
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
+    def __init__(self, layer: Layer, *, changes: bool = False) -> None:
+        self._layer, self._changes = layer, changes
 
     def __call__(self) -> Tensor:
-        """The weight."""
+        """The weight. Raises SiteError if the init changes it, and it is quantised."""
+        if self._changes:
+            check_writable(self._layer.module, self._layer.site.parameter, self._layer.site.path)
         return self._layer.weight.detach()
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from funcadapt._torch import named_modules
 from funcadapt.errors import SiteError, did_you_mean
+from funcadapt.quantised import is_quantised_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,8 @@ def describe_module(path: str, module: nn.Module, method: str = "an adapter") ->
         shape, groups = (m.out_channels, m.in_channels // m.groups, *m.kernel_size), m.groups
     elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         kind, shape, transposed = "hf_conv1d", (m.weight.shape[1], m.weight.shape[0]), True
+    elif is_quantised_linear(module):  # GPTQ, AWQ, HQQ: packed under other names
+        kind, shape = "linear", (m.out_features, m.in_features)
     else:
         raise SiteError(
             f"{method} cannot adapt {path!r}: {type(module).__name__} is no layer with a weight that it knows. Target "
@@ -186,8 +189,8 @@ def describe_module(path: str, module: nn.Module, method: str = "an adapter") ->
             path,
             kind,
             tuple(shape),
-            _floating(m.weight),
-            device_of(m, m.weight),
+            _floating(weight := _held(m)),
+            device_of(m, weight),
             owner=path,
             bias="bias" if getattr(m, "bias", None) is not None else "",
             transposed=transposed,
@@ -250,6 +253,12 @@ def device_of(module: nn.Module, weight: Tensor) -> torch.device:
             if (where := getattr(one, "execution_device", None)) is not None:
                 return torch.device(where)
     return weight.device
+
+
+def _held(module: Any) -> Tensor:
+    """The weight of a layer, or where it has none of that name, what it holds instead."""
+    weight: Any = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(t for t in (*module.buffers(), *module.parameters()))
 
 
 def _floating(weight: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from funcadapt._torch import named_modules
 from funcadapt.config import AdapterConfig, matching_pattern
 from funcadapt.errors import SiteError, TargetError, did_you_mean
 from funcadapt.method import method_of
+from funcadapt.quantised import is_quantised_linear
 from funcadapt.sites import Site, SiteTable, describe, describe_module, tied_names
 
 
@@ -221,7 +222,7 @@ def _all_linear(model: nn.Module, config: AdapterConfig, modules: Mapping[str, n
         output = next((head for head in heads if head is not None), None)
     names: list[str] = []
     for path, module in modules.items():
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_quantised_linear(module)
         if linear and module is not output:
             names.append(path)
     return tuple(names)

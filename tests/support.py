@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import peft
 import torch
 from cases import ALL, VARIANTS, Case
@@ -17,6 +18,7 @@ from specs import Variant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import funcadapt as fa
 from funcadapt.config import thaw
 
 README = Path(__file__).parent.parent / "README.md"
@@ -32,6 +34,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], Any, Any]] = {
     "grouped": (("conv2d_grouped",), lambda: nn.Conv2d(8, 8, 3, groups=2), lambda: torch.randn(2, 8, 5, 5)),
     "Conv3d": (("conv3d",), lambda: nn.Conv3d(8, 8, 3), lambda: torch.randn(2, 8, 4, 4, 4)),
     "attention": (("mha",), lambda: nn.MultiheadAttention(8, 2, batch_first=True), lambda: torch.randn(2, 3, 8)),
+    "4 bits": (("linear",), lambda: bitsandbytes.nn.Linear4bit(8, 8).to("cpu"), lambda: torch.randn(2, 3, 8)),
     "parameter": (("parameter",), None, None),
     "experts": (("experts_linear", "experts_bmm"), None, None),
 }
@@ -40,11 +43,15 @@ COLUMNS: dict[str, tuple[tuple[str, ...], Any, Any]] = {
 # What trying with the configs of the laws cannot show: they name layers by pattern, need token ids, or need adapters
 # that are there already; and QA-LoRA acts at GPTQ's own layers only, elsewhere PEFT takes its field for nothing.
 BY_HAND = {
-    "alora": ("Linear", "Conv1D (transformers)"),
-    "arrow": ("Linear",),
+    "alora": ("Linear", "Conv1D (transformers)", "4 bits"),
+    "arrow": ("Linear", "4 bits"),
     "bdlora": ("Linear",),
     "qalora": (),
 }
+
+
+# On layers of bitsandbytes PEFT takes these configs for plain LoRA, without a word.
+PLAIN_IN_4_BITS = ("kasa", "monteclora")
 
 
 class _Net(nn.Module):
@@ -53,6 +60,7 @@ class _Net(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.inner = nn.ModuleDict({"layer": layer})
+        self.is_loaded_in_4bit = isinstance(layer, bitsandbytes.nn.Linear4bit)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.inner["layer"]
@@ -66,6 +74,8 @@ def in_peft(name: str, variant: Variant, column: str) -> bool:
         return name == "lora"
     if name in BY_HAND:
         return column in BY_HAND[name]
+    if column == "4 bits" and name in PLAIN_IN_4_BITS:
+        return False
     config = variant.config(target_modules=["layer"])
     defaults = type(config)(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config) if _required(f)})
     changed = {
@@ -100,6 +110,8 @@ def matrix() -> list[tuple[str, list[tuple[bool, bool]]]]:
         for column, (kinds, *_) in COLUMNS.items():
             cases = [case for case in ALL if case.method.name == name and case.variant is first]
             here = any(case.kind.name in kinds and _works(case) for case in cases)
+            if column == "4 bits":
+                here = here and _works_in_4_bits(cases)
             cells.append((here, in_peft(name, first, column)))
         found.append((name, cells))
     return found
@@ -107,6 +119,17 @@ def matrix() -> list[tuple[str, list[tuple[bool, bool]]]]:
 
 def _works(case: Case) -> bool:
     return case.kind.name not in case.variant.refused | case.variant.unusable
+
+
+def _works_in_4_bits(cases: list[Case]) -> bool:
+    """Whether an adapter for the layer of 4 bits runs, and what is trained has gradients."""
+    case = next(case for case in cases if case.kind.name == "linear")
+    _, layer, inputs = COLUMNS["4 bits"]
+    model = nn.Sequential(layer())
+    adapter = case.given(fa.init(model, case.variant.config(target_modules=["0"])))
+    params = {p: {n: t.detach().requires_grad_() for n, t in ls.items()} for p, ls in adapter.params.items()}
+    fa.functional_call(model, adapter.replace(params=params), (inputs(),)).sum().backward()
+    return any(t.grad is not None for leaves in params.values() for t in leaves.values())
 
 
 def markdown() -> str:

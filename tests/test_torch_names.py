@@ -29,6 +29,25 @@ def test_in_functorch() -> None:
     assert seen == [False, True, True, False]
 
 
+def test_outside_functorch() -> None:
+    def f(x: Tensor) -> Tensor:
+        with _torch.outside_functorch():
+            assert not _torch.in_functorch()
+            constant = _Opaque.apply(torch.ones(2))
+        assert _torch.in_functorch()
+        return (x * constant).sum()
+
+    assert torch.equal(torch.func.vmap(torch.func.grad(f))(torch.ones(3, 2)), torch.full((3, 2), 2.0))
+
+
+class _Opaque(torch.autograd.Function):
+    """Without `setup_context` and rules: no transform goes through it."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_in_reentrant_checkpoint(use_reentrant: bool) -> None:
     seen: list[bool] = []

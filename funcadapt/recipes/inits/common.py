@@ -112,7 +112,7 @@ def with_factors(
     for site in fa.sites(model, config):
         at: Any = adapter.config.at(site.path)
         layer = Layer(site, model.get_submodule(site.owner), at)
-        corrected = method.residual(at, adapter.leaves(site.path), Given(layer))
+        corrected = method.residual(at, adapter.leaves(site.path), Given(layer, changes=True))
         if corrected is not None:
             base[site.weight_name] = layer.stored(corrected)
     return adapter, base
