@@ -77,7 +77,7 @@ class Layer:
                 kind = "packed" if stored is None else str(stored.dtype)
                 raise SiteError(
                     f"The weight at {self.site.path!r} is quantised ({kind}), {self.config.peft_type} or its init "
-                    f"reads it, and it cannot be dequantised: {error}\nA method that does not read it, such as LoRA, can act."
+                    f"reads it, and it cannot be dequantised: {error}\nMethods that do not read it, such as LoRA, work."
                 ) from error
         return self.canonical(stored)
 

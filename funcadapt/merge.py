@@ -13,6 +13,7 @@ from funcadapt.call import Adapters, Weights, entries_of
 from funcadapt.compose import Level, dense_levels, interpolate
 from funcadapt.errors import AdapterError, SiteError
 from funcadapt.layer import Dense, Layer
+from funcadapt.quantised import is_quantised
 from funcadapt.sites import tied_names
 
 Tied = Literal["error", "untie", "share"]
@@ -89,7 +90,7 @@ def merge(
                 f"The weight at {path!r} is computed from others and cannot be merged into. Call "
                 "torch.nn.utils.parametrize.remove_parametrizations first."
             )
-        if not own[name].is_floating_point():
+        if is_quantised(own[name]):
             raise SiteError(f"The weight at {path!r} is quantised ({own[name].dtype}) and cannot be merged into.")
         others = ties.get(name, ())
         if others and name not in merged and tied == "error":

@@ -85,9 +85,9 @@ def dequantised(module: nn.Module, parameter: str = "weight") -> Tensor:
         return _probed(module)
 
 
-def _probed(module: Any) -> Tensor:
+def _probed(module: nn.Module) -> Tensor:
     """The weight, read off the layer's own forward pass, whatever adapters are around it."""
-    forward: Callable[[nn.Module, Tensor], Tensor] = type(module).forward
+    forward = cast("Callable[[nn.Module, Tensor], Tensor]", type(module).forward)
     like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
     dtype = torch.get_default_dtype() if like is None else like.dtype
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
@@ -173,6 +173,55 @@ def is_quantised_linear(module: Any) -> bool:
         return False
     held = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
     return held and is_quantised(getattr(module, "weight", None))
+
+
+def requantise(module: nn.Module, parameter: str, value: Tensor) -> nn.Parameter:
+    """Put a weight into a layer of bitsandbytes, quantised as the old one was, which is not changed.
+
+    Args:
+        module: the layer.
+        parameter: the name of its weight.
+        value: the new weight, (out, in).
+
+    Returns:
+        The new parameter.
+
+    Raises:
+        TypeError: if another library quantised the layer.
+    """
+    old: Any = getattr(module, parameter, None)
+    state = getattr(old, "quant_state", None)
+    if state is not None:
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        options = {"module": module, **{name: getattr(old, name) for name in names}}
+        dtype = getattr(state, "original_dtype", state.dtype)
+        made = type(old)(value.to(dtype), requires_grad=False, **options).to(old.device)  # which quantises it
+    elif hasattr(old, "SCB"):
+        made = type(old)(value.half(), requires_grad=False, has_fp16_weights=False).to(old.device)
+    else:
+        raise TypeError(f"a {type(module).__name__} cannot be quantised again here")
+    put_back(module, parameter, made)
+    return made
+
+
+def put_back(module: nn.Module, parameter: str, quantised: nn.Parameter) -> None:
+    """Give a layer of bitsandbytes a weight that it had, or a new one.
+
+    Args:
+        module: the layer.
+        parameter: the name of its weight.
+        quantised: the weight.
+    """
+    m, p = cast("Any", module), cast("Any", quantised)
+    old, state = m._parameters[parameter], getattr(m, "state", None)
+    if hasattr(m, "quant_state"):
+        m.quant_state = p.quant_state
+    if hasattr(p, "SCB") and state is not None:  # the first forward moves the scales into the layer's state
+        if old.SCB is None:
+            old.SCB = state.SCB
+        state.CB, state.SCB = None, None
+        p.CB = p.data
+    m._parameters[parameter] = quantised
 
 
 def check_writable(module: nn.Module, parameter: str, path: str) -> None:

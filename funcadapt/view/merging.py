@@ -14,6 +14,7 @@ from funcadapt.compose import Level
 from funcadapt.errors import AdapterError
 from funcadapt.layer import Layer
 from funcadapt.merge import merge_levels
+from funcadapt.quantised import dequantised, is_quantised, put_back, requantise
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from funcadapt.view.tokens import TrainableTokensLayer
 from funcadapt.view.walking import auxiliaries, layers, root_of, wrapped
@@ -37,6 +38,8 @@ def merge_layer(layer: AdapterLayer, names: Sequence[str] | None, safe: bool) ->
     The old values are kept until `unmerge_layer`, which gives them back bit for bit. (PEFT subtracts or divides again,
     with rounding errors.) They take the memory of the merged weights.
 
+    A weight that bitsandbytes quantised is quantised again, with the rounding that this brings.
+
     A parameter that another module shares, such as the weight of an embedding that is the head's, too, is not changed:
     the layer gets one of its own. (PEFT changes it for both, so that the model computes something else than before.)
 
@@ -46,7 +49,8 @@ def merge_layer(layer: AdapterLayer, names: Sequence[str] | None, safe: bool) ->
         safe: whether to refuse a result that is not finite.
 
     Raises:
-        AdapterError: in safe mode, if it is not, or if the base weight is quantised. Nothing is merged at this layer.
+        AdapterError: in safe mode, if it is not, or if the base weight is quantised by another library than
+            bitsandbytes. Nothing is merged at this layer.
         TypeError: if `names` is a string.
     """
     if isinstance(names, str):
@@ -56,27 +60,42 @@ def merge_layer(layer: AdapterLayer, names: Sequence[str] | None, safe: bool) ->
     if not new:
         return
     base, site = layer.get_base_layer(), layer.site
-    stored = getattr(base, site.parameter)
-    if not stored.is_floating_point():
-        raise AdapterError(f"The weight at {site.path!r} is quantised ({stored.dtype}) and cannot be merged into.")
-    values = {name: base._parameters[name].data for name in (site.parameter, site.bias) if name}  # pyright: ignore
+    values = {name: _value(base, name) for name in (site.parameter, site.bias) if name}
     changed = _dense(layer, layer.levels(new), values)
     for value in changed.values():
         if safe and not torch.isfinite(value).all():
             raise AdapterError(
                 f"NaNs detected in the merged weights. The adapter {new[0]} seems to be broken, at {site.path!r}."
             )
-    for name, value in changed.items():
-        _write(layer, name, value)
+    try:
+        for name, value in changed.items():  # the weight first
+            _write(layer, name, value)
+    except TypeError as error:
+        raise AdapterError(f"The weight at {site.path!r} is quantised and cannot be merged into: {error}.") from error
     layer.merged_adapters.extend(new)
+
+
+def _value(base: nn.Module, name: str) -> Tensor:
+    """A parameter as it acts."""
+    parameter = base._parameters.get(name)
+    return dequantised(base, name) if parameter is None or is_quantised(parameter) else parameter.data
 
 
 def _write(layer: AdapterLayer, name: str, value: Tensor) -> None:
     from funcadapt.view.switches import Kept
 
     owner = layer.get_base_layer()._parameters
-    parameter = owner[name]
-    assert parameter is not None
+    parameter = owner.get(name)
+    if parameter is None or is_quantised(parameter):
+        kept = layer.kept.get(name)
+        made = requantise(layer.get_base_layer(), name, value)
+        assert parameter is not None  # or it could not be quantised again
+        layer.kept[name] = Kept(
+            parameter.data if kept is None else kept.value,
+            (made.data_ptr(), made._version),
+            parameter if kept is None else kept.shared,
+        )
+        return
     kept = layer.kept.get(name) or Kept(parameter.data, (0, 0), parameter if name in layer.tied else None)
     if parameter is kept.shared:
         parameter = owner[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
@@ -89,7 +108,7 @@ def unmerge_layer(layer: AdapterLayer) -> None:
     """Take the merged adapters out of one layer's base weight.
 
     If nobody touched the weight since, its old values come back bit for bit. If it was moved or trained, what the
-    adapters had added is taken away, and the rest stays.
+    adapters had added is taken away, and the rest stays. A quantised one is not trained: it always comes back.
 
     Args:
         layer: the layer.
@@ -100,7 +119,8 @@ def unmerge_layer(layer: AdapterLayer) -> None:
     base = layer.get_base_layer()
     held = {name: base._parameters[name] for name in layer.kept}
     old = {name: kept.value.to(held[name]) for name, kept in layer.kept.items()}  # pyright: ignore
-    touched = any((p.data_ptr(), p._version) != layer.kept[name].now for name, p in held.items())  # pyright: ignore
+    quantised = {name for name, parameter in held.items() if is_quantised(parameter)}
+    touched = not quantised and any((p.data_ptr(), p._version) != layer.kept[name].now for name, p in held.items())  # pyright: ignore
     if touched:
         values = {
             name: old.get(name, base._parameters[name]) for name in (layer.site.parameter, layer.site.bias) if name
@@ -109,7 +129,9 @@ def unmerge_layer(layer: AdapterLayer) -> None:
         old = {name: parameter.data + (old[name] - merged[name]) for name, parameter in held.items()}  # pyright: ignore
     for name, parameter in held.items():
         shared = layer.kept[name].shared
-        if shared is not None and not touched:
+        if shared is not None and is_quantised(shared):
+            put_back(base, name, shared)
+        elif shared is not None and not touched:
             base._parameters[name] = shared
         else:
             parameter.data = old[name]  # pyright: ignore[reportOptionalMemberAccess]
