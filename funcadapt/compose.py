@@ -78,7 +78,11 @@ class Hooked:
             changed = run(method.before, level, layer, x)
             inner = x if changed is x else blend(x, changed, level.w, layer.site)
         y = self.base(inner, *args, **kwargs)
-        return y if method.after is None else blend(y, run(method.after, level, layer, x, y), level.w, layer.site)
+        if method.after is None:
+            return y
+        if run is _single and (out := scaled(level, layer, x, y)) is not None:
+            return out
+        return blend(y, run(method.after, level, layer, x, y), level.w, layer.site)
 
     def _many(self, rows: Rows, x: Any, args: Any, kwargs: Any) -> Any:
         level, layer = self.level, self.layer
@@ -156,6 +160,29 @@ def _plain(base: Forward, level: Level, layer: Layer, x: Any) -> bool:
 
 def _single(hook: Callable[..., Tensor], level: Level, layer: Layer, *tensors: Tensor) -> Tensor:
     return hook(layer, level.p, *tensors)
+
+
+def scaled(level: Level, layer: Layer, x: Any, y: Tensor) -> Tensor | None:
+    """A method's `after` with a tensor of weights inside, where it can be: on r numbers instead of on all outputs.
+
+    Args:
+        level: the adapter and its weight.
+        layer: the layer.
+        x: the layer's input.
+        y: the layer's output.
+
+    Returns:
+        What `blend` gives, or None where that has to be computed.
+    """
+    method, w = level.method, level.w
+    if method.masked is None or method.before is not None or method.couples:
+        return None
+    if not isinstance(w, Tensor) or not isinstance(x, Tensor) or w.dtype != x.dtype:
+        return None
+    if w.shape != x.shape[: w.ndim] or w.ndim >= x.ndim:
+        return None
+    out = method.masked(layer, {k: leaf.unsqueeze(0) for k, leaf in level.p.items()}, x, y, w.reshape(-1, 1))
+    return None if out is NotImplemented else out
 
 
 def blend(without: Tensor, with_: Tensor, w: Weight, site: Site) -> Tensor:

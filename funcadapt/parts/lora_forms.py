@@ -77,7 +77,7 @@ def masked(layer: Layer, p: Leaf, x: Tensor, y: Tensor, choice: Tensor) -> Any:
         p: the leaves, as in `grouped`.
         x: (groups * rows, ..., in).
         y: (groups * rows, ..., out).
-        choice: (groups, N), at most one 1 in each.
+        choice: (groups, N), how much of each acts there.
 
     Returns:
         Of y's shape; NotImplemented as in `grouped`.
