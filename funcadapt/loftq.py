@@ -53,6 +53,28 @@ def quantised(weight: Tensor, bits: int) -> Tensor:
     return (table[nearest] * scale).reshape(-1)[: flat.numel()].reshape(weight.shape)
 
 
+def factors(rest: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of rank r, as a product with the singular values shared out between both factors.
+
+    Args:
+        rest: (out, in): what was rounded away.
+        r: the rank.
+
+    Returns:
+        A (r, in) and B (out, r), of a smaller rank where the matrix is smaller.
+
+    Example:
+        >>> import torch
+        >>> a, b = factors(torch.diag(torch.tensor([4.0, 1.0])), 1)
+        >>> b @ a
+        tensor([[4., 0.],
+                [0., 0.]])
+    """
+    u, s, vh = linalg.svd(rest, full_matrices=False)
+    root = s[:r].sqrt()
+    return root[:, None] * vh[:r], u[:, :r] * root
+
+
 def decomposed(weight: Tensor, bits: int, r: int, iterations: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """LoftQ of one weight.
 
@@ -74,8 +96,6 @@ def decomposed(weight: Tensor, bits: int, r: int, iterations: int = 1) -> tuple[
     rest = w
     for _ in range(iterations):
         q = quantised(rest, bits)
-        u, s, vh = linalg.svd(w - q, full_matrices=False)
-        root = s[:r].sqrt()
-        a, b = root[:, None] * vh[:r], u[:, :r] * root
+        a, b = factors(w - q, r)
         rest = w - b @ a
     return q, a, b  # pyright: ignore[reportPossiblyUnboundVariable]

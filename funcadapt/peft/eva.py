@@ -104,7 +104,7 @@ def get_eva_state_dict(
         prepare_layer_inputs_fn: (layer's input, that, layer's name) -> the rows that count; or one for each layer by
             name; None: all rows.
         adapter_name: the adapter.
-        gather_distributed_inputs: of no effect: each process sees its own batches.
+        gather_distributed_inputs: whether the inputs of all ranks count, where `torch.distributed` is initialised.
         show_progress_bar: of no effect.
 
     Returns:
@@ -144,7 +144,8 @@ def get_eva_state_dict(
             )
         device = table[0].device
         moved = _Moved(dataloader, device)
-        found = variance.components(root, config, moved, forward=forward_fn, rows=rows, sites=table)
+        gather = gather_distributed_inputs
+        found = variance.components(root, config, moved, forward=forward_fn, rows=rows, gather=gather, sites=table)
     return {wrapped.get(path, path): a for path, a in found.items()}
 
 
@@ -186,7 +187,8 @@ def initialize_lora_eva_weights(
         if dataloader is None:
             raise ValueError("dataloader is required if eva_state_dict is not provided")
         functions = (forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
-        eva_state_dict = get_eva_state_dict(model, dataloader, None, *functions, adapter_name)
+        gather = gather_distributed_inputs
+        eva_state_dict = get_eva_state_dict(model, dataloader, None, *functions, adapter_name, gather)
     root = _bare(model)
     names = {id(m): name for name, m in model.named_modules()}
     wrapped = {names[id(layer)]: layer.site.path for _, layer in layers(root) if adapter_name in layer.adapters}

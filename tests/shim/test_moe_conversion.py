@@ -212,6 +212,41 @@ def test_configs_that_peft_changes_the_meaning_of(fields: dict[str, Any], expect
         assert got[3] == pytest.approx(expected[3])
 
 
+def resolved(config: Any, path: str) -> tuple[int, float]:
+    """PEFT's rule, by which a pattern may match the end of a path."""
+    found: list[Any] = []
+    for table, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)):
+        keys = (key for key in table if re.match(rf"(.*\.)?({key})$", path))
+        found.append(table.get(next(keys, ""), default))
+    return found[0], found[1]
+
+
+def test_ranks_of_experts_are_not_those_of_dense_layers() -> None:
+    """Which end with the same name. PEFT forgets the pattern."""
+    fields: dict[str, Any] = {"target_modules": ["down_proj"], "rank_pattern": {r".*experts\.\d+\.down_proj": 2}}
+    config, model = lora(**fields), moe("deepseek_v3")
+    conversion.convert_peft_config_for_transformers(config, model, None)
+    assert resolved(config, "model.layers.1.mlp.experts.down_proj")[0] == 2
+    assert resolved(config, "model.layers.0.mlp.down_proj")[0] == 4
+    assert resolved(config, "model.layers.1.mlp.shared_experts.down_proj")[0] == 4
+
+
+def test_a_path_with_which_others_end() -> None:
+    """A model in a model: the patterns for the outer one's layers must not hold for the inner one's."""
+    model = moe("mixtral")
+    model.draft = moe("mixtral")
+    config = lora(
+        target_modules=["w1", "w2", "w3"],
+        rank_pattern={r"^model\.layers\.0\..*": 2, r"draft\.model\.layers\.0\..*": 3},
+        alpha_pattern={r"^model\.layers\.0\..*": 3, r"draft\.model\.layers\.0\..*": 9},
+    )
+    conversion.convert_peft_config_for_transformers(config, model, None)
+    down, both = "model.layers.0.mlp.experts.down_proj", "model.layers.0.mlp.experts.gate_up_proj"
+    assert [resolved(config, path) for path in (down, f"draft.{down}")] == [(2, 3), (3, 9)]
+    assert [resolved(config, path) for path in (both, f"draft.{both}")] == [(4, 6), (6, 18)]
+    assert resolved(config, both.replace("0", "1", 1)) == (8, 12)
+
+
 def test_dense_layers_and_shared_experts_stay_targets() -> None:
     """PEFT takes their names for those of experts: it drops them, or refuses a path of theirs."""
     model, targets = moe("deepseek_v3"), ["gate_proj", "up_proj", "down_proj"]

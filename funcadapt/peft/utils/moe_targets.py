@@ -28,6 +28,7 @@ from torch import nn
 from funcadapt import targeting
 from funcadapt._torch import named_modules
 from funcadapt.config import matching_pattern
+from funcadapt.parts.lora_leaves import patterns
 from funcadapt.view.walking import unwrapped
 
 # For each kind of model, the name of a module before -> the end of the parameter that it is in now.
@@ -114,7 +115,8 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
         by_parameter.setdefault(part.parameter, []).append(part)
     ends = {part.parameter: part.end for part in chosen}
     _check_whole(by_parameter, family)
-    _set_ranks(peft_config, by_parameter, ends)
+    others = {*modules, *names} - {part.parameter for part in parts}
+    _set_ranks(peft_config, by_parameter, ends, others)
     peft_config.target_modules = targets
     peft_config.target_parameters = set(peft_config.target_parameters or ()) | _shortened(ends, names)
 
@@ -233,14 +235,18 @@ def _check_whole(by_parameter: Mapping[str, Sequence[_Part]], family: str) -> No
             )
 
 
-def _set_ranks(config: Any, by_parameter: Mapping[str, Sequence[_Part]], ends: Mapping[str, str]) -> None:
-    """Ranks and alphas of the parameters, as patterns before those that there are."""
+def _set_ranks(
+    config: Any, by_parameter: Mapping[str, Sequence[_Part]], ends: Mapping[str, str], others: Collection[str]
+) -> None:
+    """Ranks and alphas of the parameters, as patterns before those that there are, which match no other path."""
+    keys = patterns({*by_parameter, *others})
     values = {path: _rank_and_alpha(config, parts) for path, parts in by_parameter.items()}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path, (rank, alpha) in values.items():
         same = all(other == values[path] for p, other in values.items() if ends[p] == ends[path])
-        pattern = rf".*\.{re.escape(ends[path])}" if same else re.escape(path)
+        short = rf".*\.{re.escape(ends[path])}"
+        pattern = short if same and not any(matching_pattern((short,), p) for p in others) else keys[path]
         if rank != _resolved(config.rank_pattern, (path,), config.r):
             ranks[pattern] = rank
         if alpha != _resolved(config.alpha_pattern, (path,), config.lora_alpha):

@@ -5,6 +5,7 @@
 Each layer keeps up to rho * r components of an incremental PCA, batch after batch, until those that it gets stay within
 a cosine of tau. The budget, the sum of all ranks, goes to the components with the largest share of their layer's
 variance; a layer may get none, and is not adapted then. With `adjust_scaling_factors` each scaling stays as it was.
+Where `torch.distributed` is initialised, the inputs of all ranks count, and all ranks get the same adapter.
 
 Source: Paischer et al. 2024, arXiv:2410.07170. Differs from PEFT: the model stays as it is; layers with one and the
 same input are found by the tensor, not by a hash of its numbers; data that does not converge is an error, not an
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import funcadapt as fa
 from funcadapt.errors import AdapterError
@@ -135,6 +136,7 @@ def components(
     forward: Forward | None = None,
     rows: Rows | None = None,
     steps: int = 1000,
+    gather: bool = True,
     sites: Sequence[Site] | None = None,
 ) -> dict[str, Tensor]:
     """The principal components that EVA gives each layer, (rank, in); rank 0 where it gives none.
@@ -147,6 +149,8 @@ def components(
         rows: (input, batch, path) -> the rows of a layer's input that count; by default the tokens of a language model
             that are attended to and have a label, and all rows of other models.
         steps: how many batches it may take.
+        gather: whether the rows of all ranks count, where `torch.distributed` is initialised; all must call this then,
+            with as many layers. If not, each rank has components of its own batches.
         sites: the layers; by default all that the config selects.
 
     Returns:
@@ -174,7 +178,8 @@ def components(
         return max(ranks[site.path] for site in layer.sites)
 
     def see(path: str, x: Tensor, batch: Any) -> None:
-        leaders[path].see(chosen(x, batch, path), given.tau)
+        found = chosen(x, batch, path)
+        leaders[path].see(_of_all_ranks(found) if gather else found, given.tau)
 
     for _ in range(steps):
         waiting = [layer for layer in layers if not layer.started or not layer.same[: needed(layer)].all()]
@@ -196,6 +201,20 @@ def components(
     raise AdapterError(f"EVA: the components did not converge in {steps} batches. Lower `tau`, or pass more data.")
 
 
+def _of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows of all ranks, one rank after the other; each may have another number of them."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    count = torch.tensor([rows.shape[0]], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, count)  # pyright: ignore[reportUnknownMemberType]
+    sizes = [int(c) for c in counts]
+    padded = torch.cat([rows, rows.new_zeros(max(sizes) - rows.shape[0], rows.shape[1])]).contiguous()
+    every = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(every, padded)  # pyright: ignore[reportUnknownMemberType]
+    return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])
+
+
 def _leading(pca: IncrementalPCA, rank: int, whiten: bool) -> Tensor:
     found = pca.components_[:rank]
     return found / pca.singular_values_[:rank].sqrt()[:, None] if whiten else found
@@ -209,6 +228,7 @@ def eva(
     forward: Forward | None = None,
     rows: Rows | None = None,
     steps: int = 1000,
+    gather: bool = True,
     seed: int = 0,
 ) -> fa.Adapter:
     """A LoRA with EVA's init and ranks.
@@ -220,6 +240,7 @@ def eva(
         forward: likewise.
         rows: likewise.
         steps: likewise.
+        gather: likewise.
         seed: as of `fa.init`.
 
     Returns:
@@ -236,7 +257,7 @@ def eva(
         >>> torch.allclose(a @ a.T, torch.eye(2), atol=1e-4)
         True
     """
-    found = components(model, config, batches, forward=forward, rows=rows, steps=steps)
+    found = components(model, config, batches, forward=forward, rows=rows, steps=steps, gather=gather)
     given = settings(Settings, config.eva_config or {}, "eva_config")
     config = dataclasses.replace(redistributed(config, found, given), init_lora_weights="eva")
     factors = {path: {"lora_A": a} for path, a in found.items() if a.shape[0]}
