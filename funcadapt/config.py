@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
 import re
@@ -86,6 +87,8 @@ class AdapterConfig:
         base_model_name_or_path: the model that the adapter was trained on.
         revision: the revision of that model.
         inference_mode: PEFT's bookkeeping; always true in a file.
+        target_parameters: names of plain parameters to adapt: matrices, (out, in), and stacks of experts, 3-D. In PEFT
+            only LoRA's config has it, here every config. It is in a file only where it says something.
     """
 
     task_type: str | None = None
@@ -95,6 +98,7 @@ class AdapterConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    target_parameters: Sequence[str] | None = None
 
     # field -> the per-site pattern dict that overrides it, e.g. {"r": "rank_pattern"}
     patterned: ClassVar[Mapping[str, str]] = {}
@@ -173,8 +177,17 @@ class AdapterConfig:
         return 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of PEFT's `adapter_config.json`: every field, in JSON types."""
-        return {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """The content of PEFT's `adapter_config.json`: every field that PEFT has, in JSON types."""
+        values = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if self.target_parameters is None and not self._peft_has_parameters():
+            del values["target_parameters"]
+        return values
+
+    @classmethod
+    def _peft_has_parameters(cls) -> bool:
+        """Whether PEFT's config has `target_parameters`: then it is declared again."""
+        lineage = cls.__mro__[: cls.__mro__.index(AdapterConfig)]
+        return any("target_parameters" in inspect.get_annotations(c) for c in lineage)
 
 
 @functools.cache
@@ -284,7 +297,8 @@ def _check_number(cls: type[AdapterConfig], field: dataclasses.Field[Any], value
     if isinstance(default, bool) or not isinstance(default, int | float):
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    whole = number and (isinstance(default, float) or isinstance(value, int) or field.name.endswith("alpha"))
+    real = isinstance(default, float) or _hints(cls).get(field.name) is float
+    whole = number and (real or isinstance(value, int) or field.name.endswith("alpha"))
     if not (whole and math.isfinite(value) and abs(value) < 2**31):
-        kind = "a number" if isinstance(default, float) else "an integer"
+        kind = "a number" if real else "an integer"
         raise AdapterFileError(f"{cls.__name__}.{field.name} must be {kind}, got {value!r}.")

@@ -32,7 +32,13 @@ Grads = dict[str, dict[str, Tensor]]
 
 
 def grads(
-    model: nn.Module, adapter: Adapter, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, loss: Loss
+    model: nn.Module,
+    adapter: Adapter,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Loss,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Grads:
     """The gradient of each row's loss with respect to the adapter.
 
@@ -45,6 +51,7 @@ def grads(
         args: positional arguments of the model; a tuple, or a single one.
         kwargs: keyword arguments of the model.
         loss: the model's output -> (rows).
+        inputs: what the method needs of every row beside the model's arguments, as in `functional_call`.
 
     Returns:
         Path -> leaf name -> (rows, *leaf.shape), in the leaf's dtype.
@@ -87,7 +94,7 @@ def grads(
         >>> scores.shape
         torch.Size([2, 8])
     """
-    leaves, _, total = _losses(model, adapter, args, kwargs, loss)
+    leaves, _, total = _losses(model, adapter, args, kwargs, loss, inputs)
     flat = [leaf for named in leaves.values() for leaf in named.values()]
     found: list[Any] = [*torch.autograd.grad(total, flat, allow_unused=True)]
     result: Grads = {}
@@ -100,7 +107,13 @@ def grads(
 
 
 def norms(
-    model: nn.Module, adapter: Adapter, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, loss: Loss
+    model: nn.Module,
+    adapter: Adapter,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Loss,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """The norm of each row's gradient over all leaves, without keeping the gradients: one leaf's at a time.
 
@@ -110,6 +123,7 @@ def norms(
         args: positional arguments of the model; a tuple, or a single one.
         kwargs: keyword arguments of the model.
         loss: the model's output -> (rows).
+        inputs: as in `grads`.
 
     Returns:
         (rows), in float32, or float64 for float64 leaves.
@@ -129,7 +143,7 @@ def norms(
         >>> torch.allclose(n, fa.per_sample.norms_of(fa.per_sample.grads(model, adapter, x, loss=loss)))
         True
     """
-    leaves, rows, total = _losses(model, adapter, args, kwargs, loss)
+    leaves, rows, total = _losses(model, adapter, args, kwargs, loss, inputs)
     flat = [leaf for named in leaves.values() for leaf in named.values()]
     squares = torch.zeros(rows, dtype=_wide(flat[0]), device=total.device)
 
@@ -172,7 +186,9 @@ def _wide(leaf: Tensor) -> torch.dtype:
     return torch.promote_types(leaf.dtype, torch.float32)
 
 
-def _losses(model: nn.Module, adapter: Adapter, args: Any, kwargs: Any, loss: Loss) -> tuple[Grads, int, Tensor]:
+def _losses(
+    model: nn.Module, adapter: Adapter, args: Any, kwargs: Any, loss: Loss, inputs: Mapping[str, Tensor] | None
+) -> tuple[Grads, int, Tensor]:
     """A view of every leaf for each row, the number of rows, and the sum of their losses."""
     positional: tuple[Any, ...] = args if isinstance(args, tuple) else (args,)  # pyright: ignore
     named: Mapping[str, Any] = {} if kwargs is None else kwargs
@@ -186,7 +202,7 @@ def _losses(model: nn.Module, adapter: Adapter, args: Any, kwargs: Any, loss: Lo
         for path, named in many.params.items()
     }
     with torch.enable_grad():
-        output = functional_call(model, grouped(many.replace(params=leaves)), positional, kwargs)
+        output = functional_call(model, grouped(many.replace(params=leaves)), positional, kwargs, inputs=inputs)
         losses = loss(output)
         total = losses.sum()
     if losses.shape != (rows,):

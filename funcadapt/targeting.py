@@ -56,6 +56,8 @@ def sites(model: nn.Module, config: AdapterConfig, *, expect: int | None = None,
     method = method_of(config)
     tied = tied_names(model)
     _check_saved_modules(model, config)
+    if config.target_parameters and not method.kinds:
+        raise TargetError(f"{method.name} adapts no plain parameters, but target_parameters names some.")
     if method.rows:
         return SiteTable([])  # `token_table` finds the embeddings
     chosen = _target_modules(model, config, strict, by_default)

@@ -18,10 +18,7 @@ from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 import funcadapt as fa
-from funcadapt.init import _draw, fresh
 from funcadapt.method import Method, methods
-from funcadapt.sharing import complete
-from funcadapt.sites import describe
 
 # -- layer kinds ------------------------------------------------------------------------------------------
 
@@ -174,21 +171,9 @@ class Case:
         return adapter.replace(buffers={**adapter.buffers, "": own})
 
     def _new(self, model: nn.Module, seed: int = 0) -> fa.Adapter:
-        names = {field.name for field in dataclasses.fields(self.method.config)}
-        if not self.kind.is_parameter:
-            return fa.init(model, self.variant.config(target_modules=[self.kind.target]), seed=seed)
-        if "target_parameters" in names:
+        if self.kind.is_parameter:
             return fa.init(model, self.variant.config(target_parameters=[self.kind.target]), seed=seed)
-        # The config cannot select a parameter, but an adapter for one is a value like any other.
-        config = self.variant.config(target_modules=[self.kind.target])
-        site, module = describe(model, self.kind.target)
-        weight = getattr(module, site.parameter).detach()
-        weight = weight.transpose(-2, -1) if site.transposed else weight
-        made = fresh(self.method, site, config, _draw(site, seed, None, None), lambda: weight)
-        trees = ({site.path: made.params}, {site.path: made.buffers})
-        complete(model, self.method, config, [site], trees, lambda site: _draw(site, seed, None, None))
-        params, buffers = ({path: leaves for path, leaves in tree.items() if leaves} for tree in trees)
-        return fa.Adapter(params, buffers, config)
+        return fa.init(model, self.variant.config(target_modules=[self.kind.target]), seed=seed)
 
     def adapter(self, model: nn.Module, seed: int = 0) -> fa.Adapter:
         """An adapter with no leaf at its initial value, scalars included."""

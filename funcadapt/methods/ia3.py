@@ -45,7 +45,7 @@ class IA3Config(AdapterConfig):
         init_ia3_weights: whether the vectors start at one.
 
     Raises:
-        ValueError: if `feedforward_modules` is not a subset of `target_modules`.
+        ValueError: if `feedforward_modules` has a name that is not among `target_modules`, nor the end of one of them.
     """
 
     peft_type: str = "IA3"
@@ -60,9 +60,12 @@ class IA3Config(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        both = (self.target_modules, self.feedforward_modules)
-        if all(isinstance(names, tuple) for names in both) and not set(both[1] or ()) <= set(both[0] or ()):
-            raise ValueError("`feedforward_modules` should be a subset of `target_modules`")
+        names, own = self.target_modules, self.feedforward_modules
+        if isinstance(names, tuple) and isinstance(own, tuple):
+            every = (*names, *(self.target_parameters or ()))
+            # a file says paths for "all-linear", and then still the names of feed-forward layers
+            if not all(_is_among(name, every) for name in own):
+                raise ValueError("`feedforward_modules` should be a subset of `target_modules`")
 
     def for_model(self, model_type: str | None) -> Self:
         """This config with the model type's defaults filled in, `feedforward_modules` too."""
@@ -72,6 +75,10 @@ class IA3Config(AdapterConfig):
         if model_type not in targets.IA3_FEEDFORWARD:
             raise TargetError("Please specify `feedforward_modules` in the config; [] if no layer is one.")
         return dataclasses.replace(config, feedforward_modules=targets.IA3_FEEDFORWARD[model_type])
+
+
+def _is_among(name: str, targets: Sequence[str]) -> bool:
+    return any(target == name or target.endswith(f".{name}") for target in targets)
 
 
 # The pattern is matched once, while tracing; dynamo need not look into `re`.

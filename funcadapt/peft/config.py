@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from funcadapt import shadow as shadow  # registers its config
-from funcadapt.config import AdapterConfig, thaw
-from funcadapt.peft import lora_parts
+from funcadapt.config import AdapterConfig
+from funcadapt.peft import left_out, lora_parts
 from funcadapt.peft.hub import HubMixin, hub_arguments, local_or_downloaded
 from funcadapt.peft.types import PEFT_VERSION, PeftType, TaskType, as_peft_type
 from funcadapt.xlora import filled
@@ -243,6 +243,7 @@ class PeftConfig(PeftConfigMixin):
         for cls in reversed(type(self).__mro__):
             if adjust := _ADJUSTMENTS.get(cls.__name__):
                 adjust(self)
+        left_out.warn_when_made(self)
         self._frozen()  # it checks the values, and warns
 
     def to_funcadapt(self) -> Any:
@@ -269,7 +270,7 @@ class PeftConfig(PeftConfigMixin):
         if self._funcadapt is None:
             raise TypeError(f"{type(self).__name__} is for no method; use the method's own, such as LoraConfig.")
         names = [f.name for f in dataclasses.fields(self._funcadapt)]
-        return self._funcadapt(**{name: _plain(getattr(self, name)) for name in names})
+        return self._funcadapt(**{name: _plain(getattr(self, name)) for name in names if hasattr(self, name)})
 
     @staticmethod
     def from_funcadapt(config: AdapterConfig) -> Any:
@@ -288,8 +289,10 @@ class PeftConfig(PeftConfigMixin):
         """
         from funcadapt.peft.method_configs import config_class
 
-        values = {f.name: thaw(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return config_class(type(config))(**values)
+        values = config.to_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing is new here
+            return config_class(type(config))(**values)
 
     def _register_custom_module(self, mapping: Mapping[type[Any], type[Any]]) -> None:
         """PEFT's experimental custom LoRA layers.
@@ -349,9 +352,15 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
+def _adjust_supertuning(config: Any) -> None:
+    if config.lora_alpha is None and isinstance(config.r, int):
+        config.lora_alpha = 2 * config.r
+
+
 # class -> what it does after construction, beyond what its fields say
 _ADJUSTMENTS: dict[str, Callable[[Any], None]] = {
     "LoraConfig": lora_parts.adjust_lora,
+    "SupertuningConfig": _adjust_supertuning,
     "XLoraConfig": lambda config: config.__dict__.update(filled(config)),
 }
 

@@ -52,9 +52,8 @@ def _generate(config: type[AdapterConfig]) -> type[Any]:
     hints = _hints(config)
     fields: list[tuple[str, Any, Any]] = []
     declared = inspect.get_annotations(config)
-    for field in dataclasses.fields(config):
-        if field.name not in declared or field.name == "peft_type":
-            continue
+    known = {field.name: field for field in dataclasses.fields(config)}
+    for field in (known[name] for name in declared if name in known and name != "peft_type"):
         fields.append((field.name, hints.get(field.name, Any), _mutable(field)))
         runtime = _RUNTIME_FIELDS.get(config.__name__)
         if runtime is not None and runtime[1] == field.name:

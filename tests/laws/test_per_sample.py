@@ -86,3 +86,23 @@ def test_a_transformer(llama: Any, ids: Tensor) -> None:
 
         expected = grad(f)(adapter.params)
         tree_close(pytree.tree_map(lambda g, i=i: g[i], got), expected, rtol=0, atol=1e-5)
+
+
+def test_what_a_method_needs_of_every_row_goes_with_the_row() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double().eval()
+    adapter = fa.init(model, fa.PolyConfig(r=2, n_tasks=3, target_modules=["0", "2"], init_weights=False))
+    x, tasks = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
+
+    def one(row: Tensor, task: Tensor) -> Any:
+        def f(params: Any) -> Tensor:
+            out = fa.functional_call(model, adapter.replace(params=params), (row,), inputs={"task_ids": task})
+            return out.square().sum()
+
+        return grad(f)(adapter.params)
+
+    expected = pytree.tree_map(lambda *rows: torch.stack(rows), *map(one, x.split(1), tasks.split(1)))
+    how: Any = {"loss": lambda out: out.square().sum(1), "inputs": {"task_ids": tasks}}
+    got = fa.per_sample.grads(model, adapter, (x,), **how)
+    tree_close(got, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fa.per_sample.norms(model, adapter, (x,), **how), fa.per_sample.norms_of(expected))

@@ -28,7 +28,7 @@ SPECS = {
             Variant("output", config(fa.IA3Config, feedforward_modules=[])),
             Variant(
                 "input",
-                lambda target_modules: fa.IA3Config(target_modules=target_modules, feedforward_modules=target_modules),
+                lambda **targets: fa.IA3Config(**targets, feedforward_modules=next(iter(targets.values()))),
                 EMBEDDINGS,
             ),
         ],
