@@ -80,8 +80,9 @@ def grouped(stack: Adapter, *, seeds: Sequence[int] | None = None, expand: bool 
 
     Args:
         stack: from `fa.stack`.
-        seeds: one for each adapter: its dropout at a site then depends on (seed, path) alone, not on its
-            neighbours. Pass new ones every step. By default torch's global generator draws.
+        seeds: one for each adapter: the mask of its inputs at a site then depends on (seed, path) alone, not on its
+            neighbours. Pass new ones every step. By default torch's global generator draws, as it always does for
+            other noise: BOFT's dropped blocks, the samples of PVeRA, MonteCLoRA and Poly.
         expand: whether the call's inputs have B rows that all groups share; the outputs have N B.
 
     Returns:
