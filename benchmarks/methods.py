@@ -1,16 +1,19 @@
 """Every method against PEFT's same method.
 
-    python -m benchmarks.methods [speed] [quality] [lines] [table]
+    python -m benchmarks.methods [speed] [quality] [lines] [table] [METHOD ...]
 
 `speed`: a forward pass and a training step (forward and backward) on SmolLM2-135M in float32, adapters at q_proj and
 v_proj, paired with PEFT's same method and with the bare model in one process. `saved` is what autograd keeps for the
 backward pass beyond what the bare model keeps, in MB.
 `quality`: the loss on held-out text after the same 200 steps of AdamW on the same text, from the same seed, on the
 first four layers of SmolLM2 (all thirty would take hours on two cores): adapters repair what cutting the model broke.
-Of two learning rates the one with the lower training loss after the first 50 steps goes on.
+Of two learning rates the one with the lower training loss after the first 50 steps goes on. X-LoRA's 200 steps are
+those of its classifier; its experts are four LoRAs that have trained before, 50 steps each on a quarter of the text.
 `lines`: lines of code, without docstrings and comments, of a method's file and the parts that no other method uses, and
-of PEFT's package for it.
+of PEFT's package for it (Shadow's without diffusion models, which are not here). `funcadapt.peft` is not counted.
 `table`: all of it in one table, here and in the README, and `results/methods.png`, quality against parameters.
+Names of methods restrict `speed` and `quality` to these; the other rows stay. How Arrow, QA-LoRA, X-LoRA and Shadow are
+made, and why Arrow has a forward pass only, says `benchmarks.composed`.
 """
 
 from __future__ import annotations
@@ -25,19 +28,21 @@ import sys
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import funcadapt as fa
+from benchmarks import composed
 from benchmarks.common import RESULTS, paired, report, smollm2, summary
-from funcadapt.method import methods as registered
+from benchmarks.composed import TARGETS, Ours, trained
 
-TARGETS = ["q_proj", "v_proj"]
 SHAPE, ROUNDS = (1, 64), 5
 STEPS, PROBE, BATCH, LENGTH, LAYERS = 200, 50, 1, 32, 4
 
@@ -89,6 +94,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "monteclora": ("LoraConfig", {"r": 8, "monteclora_config": {}}),
     "poly": ("PolyConfig", {"r": 8, "n_tasks": 4, "task_type": "CAUSAL_LM"}),
     "alora": ("LoraConfig", {"r": 8, "alora_invocation_tokens": [7], "task_type": "CAUSAL_LM"}),
+    **composed.CONFIGS,
 }
 # What methods need of every call, for one row: the task; how many of the last tokens the adapter acts on.
 INPUTS = {"poly": {"task_ids": torch.tensor([1])}, "alora": {"alora_offsets": torch.tensor([32])}}
@@ -99,9 +105,17 @@ def fields_of(name: str) -> dict[str, Any]:
     return {"target_modules": TARGETS, **CONFIGS[name][1]}
 
 
-def ours(name: str, model: nn.Module) -> tuple[fa.Adapter, dict[str, torch.Tensor]]:
-    """A new adapter, and the base weights that its init changes."""
-    return fa.init_with_base(model, getattr(fa, CONFIGS[name][0])(**fields_of(name)))
+def ours(name: str, model: nn.Module, experts: Mapping[str, fa.Adapter]) -> Ours:
+    """A new adapter; the LoRAs are for X-LoRA."""
+    if name in composed.CONFIGS:
+        return composed.ours(name, model, experts)
+    start, base = fa.init_with_base(model, getattr(fa, CONFIGS[name][0])(**fields_of(name)))
+    adapter = start.replace(params=trained(start.params))
+
+    def call(ids: torch.Tensor, inputs: Any = None, **kwargs: Any) -> Any:
+        return fa.functional_call(model, adapter, (ids,), kwargs, parameters=base, inputs=inputs)
+
+    return Ours(adapter, pytree.tree_leaves(adapter.params), call)
 
 
 def theirs(name: str, model: nn.Module) -> Any:
@@ -114,12 +128,6 @@ def theirs(name: str, model: nn.Module) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(copy.deepcopy(model), getattr(peft, CONFIGS[name][0])(**fields))
-
-
-def trained(adapter: fa.Adapter) -> fa.Adapter:
-    """The adapter with gradients."""
-    params = {p: {k: t.detach().clone().requires_grad_() for k, t in ls.items()} for p, ls in adapter.params.items()}
-    return adapter.replace(params=params)
 
 
 def saved_bytes(run: Callable[[], torch.Tensor], ignore: set[int]) -> int:
@@ -160,55 +168,60 @@ def speed(names: list[str]) -> None:
 
     bare = saved_bytes(floor, weights)
     rows = others("speed", names)
+    columns = ["method", "parameters", "forward / peft", "train / peft", "saved MB", "peft saved MB"]
     for name in names:
-        start, base = ours(name, model)
-        adapter = trained(start)
-        wrapped = theirs(name, model).train()
+        rows.append({"method": name, **timings(name, model, ids, floor, weights, bare)})
+        gc.collect()
+        report("methods_speed", rows, columns)  # after each: a run that is cut off has what it has
 
-        given = INPUTS.get(name, {})
 
-        def call(adapter: fa.Adapter = adapter, base: Any = base, given: Any = given) -> torch.Tensor:
-            return fa.functional_call(model, adapter, (ids,), {"labels": ids}, parameters=base, inputs=given).loss
+def timings(
+    name: str, model: Any, ids: torch.Tensor, floor: Callable[[], torch.Tensor], weights: set[int], bare: int
+) -> dict[str, Any]:
+    """The row of a method; without a training step if nothing is trained."""
+    if name in composed.CONFIGS:
+        mine, wrapped = composed.both(name, model, ids)
+    else:
+        mine, wrapped = ours(name, model, {}), theirs(name, model)
+    wrapped.train()
+    given = INPUTS.get(name, {})
+    peft_given = {k: v.tolist() if k == "alora_offsets" else v for k, v in given.items()}
 
-        def peft_call(wrapped: Any = wrapped, given: Any = given) -> torch.Tensor:
-            return wrapped(
-                ids, labels=ids, **{k: v.tolist() if k == "alora_offsets" else v for k, v in given.items()}
-            ).loss
+    def call() -> torch.Tensor:
+        return mine.call(ids, given, labels=ids).loss
 
-        def step(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
-            for leaf in leaves:
-                leaf.grad = None
-            loss().backward()
+    def peft_call() -> torch.Tensor:
+        return wrapped(input_ids=ids, labels=ids, **peft_given).loss
 
-        mine = [t for leaves in adapter.params.values() for t in leaves.values()]
+    def step(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss().backward()
+
+    row: dict[str, Any] = {}
+    with torch.no_grad():
+        runs = {"base": lambda: model(ids, labels=ids), "ours": call, "peft": peft_call}
+        times = {"forward": paired(runs, repeats=ROUNDS, warmup=1)}
+    if mine.leaves:
         their = [p for p in wrapped.parameters() if p.requires_grad]
-        row: dict[str, Any] = {
-            "method": name,
-            "parameters": adapter.num_parameters(),
-            "peft parameters": sum(p.numel() for p in their),
-        }
-        with torch.no_grad():
-            runs = {"base": lambda: model(ids, labels=ids), "ours": call, "peft": peft_call}
-            forward = summary(paired(runs, repeats=ROUNDS, warmup=1), "peft")
+        row |= {"parameters": sum(t.numel() for t in mine.leaves), "peft parameters": sum(p.numel() for p in their)}
         steps = {
             "base": lambda: floor().backward(),
-            "ours": lambda mine=mine, call=call: step(call, mine),
-            "peft": lambda peft_call=peft_call, their=their: step(peft_call, their),
+            "ours": lambda: step(call, mine.leaves),
+            "peft": lambda: step(peft_call, their),
         }
-        train = summary(paired(steps, repeats=ROUNDS, warmup=1), "peft")
-        for what, found in (("forward", forward), ("train", train)):
-            row |= {f"{what} ms": found["ours"]["median_ms"], f"{what} peft ms": found["peft"]["median_ms"]}
-            row |= {f"{what} base ms": found["base"]["median_ms"], f"{what} / peft": found["ours"]["ratio"]}
-            row[f"{what} quartiles"] = [found["ours"]["ratio_q1"], found["ours"]["ratio_q3"]]
-        own = weights | {t.untyped_storage().data_ptr() for t in adapter.tensors()}
+        times["train"] = paired(steps, repeats=ROUNDS, warmup=1)
+    for what, series in times.items():
+        found = summary(series, "peft")
+        row |= {f"{what} ms": found["ours"]["median_ms"], f"{what} peft ms": found["peft"]["median_ms"]}
+        row |= {f"{what} base ms": found["base"]["median_ms"], f"{what} / peft": found["ours"]["ratio"]}
+        row[f"{what} quartiles"] = [found["ours"]["ratio_q1"], found["ours"]["ratio_q3"]]
+    if mine.leaves:
+        own = weights | {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(mine.value)}
         theirs_own = {t.untyped_storage().data_ptr() for t in (*wrapped.parameters(), *wrapped.buffers())}
         row["saved MB"] = round((saved_bytes(call, own) - bare) / 2**20, 2)
         row["peft saved MB"] = round((saved_bytes(peft_call, theirs_own) - bare) / 2**20, 2)
-        rows.append(row)
-        del wrapped, adapter, their, mine, steps, runs, call, peft_call
-        gc.collect()
-        columns = ["method", "parameters", "forward / peft", "train / peft", "saved MB", "peft saved MB"]
-        report("methods_speed", rows, columns)  # after each: a run that is cut off has what it has
+    return row
 
 
 def text(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,6 +231,12 @@ def text(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor(tokenizer("\n\n".join(topics[key] for key in sorted(topics)))["input_ids"])
     cut = len(ids) * 9 // 10
     return ids[:cut], ids[cut:]
+
+
+def windows(ids: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    """Token ids for some steps, from random places of a text."""
+    starts = torch.randint(len(ids) - LENGTH, (steps, BATCH), generator=torch.Generator().manual_seed(0))
+    return [torch.stack([ids[s : s + LENGTH] for s in row.tolist()]) for row in starts]
 
 
 def every(name: str, rows: int) -> dict[str, torch.Tensor]:
@@ -237,49 +256,56 @@ def quality(names: list[str]) -> None:
     model.config.num_hidden_layers = LAYERS
     model.requires_grad_(False).train()
     train, test = text(tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(len(train) - LENGTH, (STEPS, BATCH), generator=generator)
-    batches = [torch.stack([train[s : s + LENGTH] for s in row.tolist()]) for row in starts]
+    batches = windows(train, STEPS)
     held = test[: 8 * 128].reshape(8, 128)
     rows = others("quality", names)
     with torch.no_grad():
         before = model(held, labels=held).loss.item()
-    for name in names:
-        runs = {rate: Run(name, model, rate) for rate in (1e-3, 1e-2)}
+    for name in (name for name in names if name not in composed.UNTRAINED):
+        experts = learnt(model, train) if name == "xlora" else {}
+        runs = {rate: Run(name, model, rate, experts) for rate in (1e-3, 1e-2)}
         losses = {rate: run.train(batches[:PROBE]) for rate, run in runs.items()}
         rate = min(losses, key=lambda rate: losses[rate])
         runs[rate].train(batches[PROBE:])
         model.eval()
         with torch.no_grad():
-            loss = runs[rate].loss(held).item()
+            logits = runs[rate].call(held).logits  # Shadow's own loss has more in it
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), held[:, 1:].flatten()).item()
         model.train()
-        row = {"method": name, "parameters": runs[rate].adapter.num_parameters(), "loss": round(loss, 4), "rate": rate}
+        parameters = sum(t.numel() for t in runs[rate].ours.leaves)
+        row = {"method": name, "parameters": parameters, "loss": round(loss, 4), "rate": rate}
         rows.append({**row, "before": round(before, 4)})
         report("methods_quality", rows, ["method", "parameters", "loss", "before", "rate"])
+
+
+def learnt(model: nn.Module, train: torch.Tensor) -> dict[str, fa.Adapter]:
+    """The LoRAs among which X-LoRA chooses, each of a part of the text."""
+    found: dict[str, fa.Adapter] = {}
+    for i, part in enumerate(train.chunk(composed.EXPERTS)):
+        run = Run("lora", model, 1e-2, {})
+        run.train(windows(part, PROBE))
+        found[str(i)] = run.ours.value
+    return found
 
 
 class Run:
     """An adapter in training, from seed 0."""
 
-    def __init__(self, name: str, model: nn.Module, rate: float) -> None:
+    def __init__(self, name: str, model: nn.Module, rate: float, experts: Mapping[str, fa.Adapter]) -> None:
         torch.manual_seed(0)
-        start, self.base = ours(name, model)
-        self.name, self.model, self.adapter = name, model, trained(start)
-        leaves = [t for group in self.adapter.params.values() for t in group.values()]
-        self.optimiser = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
+        self.name, self.ours = name, ours(name, model, experts)
+        self.optimiser = torch.optim.AdamW(self.ours.leaves, lr=rate, weight_decay=0.0)
 
-    def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        """The loss on some rows."""
-        given = every(self.name, len(ids))
-        out = fa.functional_call(self.model, self.adapter, (ids,), {"labels": ids}, parameters=self.base, inputs=given)
-        return out.loss
+    def call(self, ids: torch.Tensor, **kwargs: Any) -> Any:
+        """What the model returns for some rows."""
+        return self.ours.call(ids, every(self.name, len(ids)), **kwargs)
 
     def train(self, batches: list[torch.Tensor]) -> float:
         """A step on each batch; the mean of the last 20 losses."""
         losses: list[float] = []
         for ids in batches:
             self.optimiser.zero_grad()
-            loss = self.loss(ids)
+            loss = self.call(ids, labels=ids).loss
             loss.backward()
             self.optimiser.step()
             losses.append(loss.item())
@@ -315,18 +341,19 @@ def lines(names: list[str]) -> None:
     """Lines of code of each method."""
     every = {file.stem: parts_of(file) for file in Path(fa.methods.__file__).parent.glob("[a-z]*.py")}
     users = Counter(part for found in every.values() for part in found)
-    root, package = Path(peft.__file__).parent / "tuners", Path(fa.methods.__file__).parent
-    variants = {"dora": "dora.py", "velora": "velora.py", "monteclora": "monteclora.py"}
+    root, package = Path(peft.__file__).parent / "tuners", Path(fa.__file__).parent
+    variants = {name: f"{name}.py" for name in ("dora", "velora", "monteclora", "arrow")}
     rows: list[dict[str, Any]] = []
     for name in names:
-        alone = [package.parent / "parts" / f"{part}.py" for part in every[name] if users[part] == 1]
-        own = sum(code_lines(file.read_text()) for file in (package / f"{name}.py", *alone))
+        files = [package / "parts" / f"{part}.py" for part in every.get(name, ()) if users[part] == 1]
+        files += [*package.glob(f"methods/{name}.py"), *package.glob(f"{name}.py"), *package.glob(f"{name}/*.py")]
+        own = sum(code_lines(file.read_text()) for file in files)
         if CONFIGS[name][0] == "LoraConfig" and name != "lora":
             file = root / "lora" / variants.get(name, "")
             whole = code_lines(file.read_text()) if file.is_file() else None
         else:
-            folder = root / {"ln_tuning": "ln_tuning", "trainable_tokens": "trainable_tokens"}.get(name, name)
-            whole = sum(code_lines(f.read_text()) for f in folder.glob("*.py"))
+            counted = [f for f in (root / name).glob("*.py") if f.name != "diffusion_models.py"]
+            whole = sum(code_lines(f.read_text()) for f in counted)
         rows.append({"method": name, "lines": own, "peft lines": whole})
     report("methods_lines", rows, ["method", "lines", "peft lines"])
 
@@ -385,13 +412,14 @@ def write_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run the parts named on the command line, or all of them; a method's name restricts them."""
+    """Run the parts named on the command line, or all of them; names of methods restrict `speed` and `quality`."""
     torch.set_num_threads(2)
     parts = [a for a in sys.argv[1:] if a not in CONFIGS] or ["speed", "quality", "lines", "table"]
-    known = {method.name for method in registered()}
-    names = [a for a in sys.argv[1:] if a in CONFIGS] or [name for name in CONFIGS if name in known]
+    names = [a for a in sys.argv[1:] if a in CONFIGS] or [*CONFIGS]
     for part in parts:
-        {"speed": speed, "quality": quality, "lines": lines, "table": table}[part](names)
+        {"speed": speed, "quality": quality, "lines": lines, "table": table}[part](
+            names if part in ("speed", "quality") else [*CONFIGS]
+        )
 
 
 if __name__ == "__main__":

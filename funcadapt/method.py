@@ -205,9 +205,12 @@ class View:
         held: leaf -> name in a module, where it is another than in a checkpoint.
         frozen: leaves that are held as frozen parameters.
         buffers: leaves that are held as buffers.
+        hidden: dicts whose buffers are in none of a layer's lists of names. Of what layers share, the tuner has them
+            in its lists, the adapter's name last: `frod_V.<category>.default`.
         derived: the 0-d leaves that follow from the config and are a dict of numbers on the layer: "scaling".
         dropout: the config field with the rate of dropout, also the name of the dict of dropout modules.
-        attributes: dicts by adapter name that a layer has -> the config fields in them: "r", "lora_alpha".
+        attributes: dicts by adapter name that a layer has -> the config fields in them: "r", "lora_alpha"; or
+            (config, the layer's leaves) -> the value.
         extends: the package whose layer and model classes this one's derive from.
         empty: dicts that a layer has although nothing is ever in them.
         entries: dict -> what its entries print, where they are no layers; "dict:kind" for a kind of layer.
@@ -229,9 +232,10 @@ class View:
     held: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     frozen: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
     derived: tuple[str, ...] = ()
     dropout: str = ""
-    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    attributes: Mapping[str, str | Callable[[Any, Leaf], Any]] = dataclasses.field(default_factory=dict[str, Any])
     extends: str = ""
     empty: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict[str, type[nn.Module]])
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
@@ -286,9 +290,10 @@ class Method:
         couples: whether the rows of a call act on each other through the adapter, such as by a mean over all of them.
             Then each adapter of many sees its own rows together: `routed` takes `masked`, and nothing else.
         whole: for a method without sites (`kinds` is empty) that trains its target modules in full: what stands between
-            the module's path and its parameters' names in a checkpoint, "ln_tuning_layers".
+            the module's path and its parameters' names in a checkpoint, "ln_tuning_layers". The in-place model has the
+            copies in a dict of that name.
         rows: for a method without sites that trains rows of embeddings, `trainable_token_indices` of the config: what
-            stands after the embedding's path in a checkpoint. Other methods hold them in a `token_adapter`.
+            stands after the embedding's path in a checkpoint. Other methods hold them in a `token_adapter` below it.
         check: raises SiteError if the leaves of one site, read from a file, are incomplete or do not fit the config
             or each other.
         shapes: (site, config, leaves) -> the shapes that the leaves must have, where `init` cannot say them without the
@@ -309,8 +314,9 @@ class Method:
         grouped: a faster `after` for N adapters at once: leaves (N, ...), and the rows of `x` and `y` in N equal
             consecutive groups. It may return NotImplemented, and must equal `torch.func.vmap` of `after`.
         masked: `after` for groups of rows that each choose among N adapters, in one product over all of them: leaves
-            (N, ...), `choice` (groups, N) of x's dtype with at most one 1 for a group, none being the bare layer. May
-            return NotImplemented.
+            (N, ...), `choice` (groups, N) of x's dtype, how much of each adapter acts on a group: 0 for all, or for
+            all but one. What is added to y is proportional to it, unless the method couples rows. May return
+            NotImplemented.
         constant_in_gradient: leaves whose gradient leaves out a term by the method's design (DoRA's norm).
         algebra: how adapters of the method are scaled and combined (`fa.combine`); None if they cannot be.
         view: how it looks as PEFT's in-place module; by default as its keys say.
@@ -484,4 +490,7 @@ def method_of(config: AdapterConfig) -> Method:
             return method
     if not isinstance(config, AdapterConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"Expected a config such as fa.LoraConfig(...), got {config!r}.")
-    raise AdapterError(f"No method is registered for {type(config).__name__}.")
+    raise AdapterError(
+        f"No method is registered for {type(config).__name__}. If it is no single adapter, such as X-LoRA, see "
+        f"{type(config).__module__}."
+    )

@@ -138,7 +138,12 @@ def init(site: Site, config: AdaLoraConfig, draw: Draw, weight: Callable[[], Ten
         "lora_E": (draw.zeros if config.init_lora_weights else draw.normal)(*site.stack, r, 1),
         "lora_B": draw.normal(*site.stack, site.out_features, r, std=std),
     }
-    return Fresh(params, {name: draw.cast(value) for name, value in buffers(config).items()})
+    if draw.generator is None and not config.init_lora_weights:  # torch's own: PEFT draws `ranknum`, too
+        draw.normal(1)
+    numbers = {name: draw.cast(value) for name, value in buffers(config).items()}
+    if draw.abstract:  # no file brings it: where weights are loaded next, it has its value now
+        numbers["ranknum"] = buffers(config)["ranknum"].to(draw.dtype)
+    return Fresh(params, numbers)
 
 
 def as_lora(p: Leaf) -> dict[str, Tensor]:

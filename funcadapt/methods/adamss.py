@@ -115,25 +115,25 @@ class AdamssConfig(AdapterConfig):
 
 
 def init(site: Site, config: AdamssConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
-    """A: the main directions of each cluster; B zero. On the meta device the sizes of clusters are unknown."""
+    """A: the main directions of each cluster; B zero. It reads the values of the base weight."""
     if site.stack:
         raise SiteError(f"AdaMSS cannot adapt the experts {site.path!r}: the clusters of each have other sizes.")
-    if draw.abstract:
-        columns = matrix(site)[1] + bool(site.bias)
-        return Fresh({}, {"adamss_newB": draw.zeros(min(config.r, columns, site.out_features), columns)})
     u, v, found = spaces(site, config, weight)
-    with svd.seeded(draw.generator.initial_seed() if draw.generator is not None else None, u.device):
-        every = [draw.cast(directions(u[rows.to(u.device)], config)) for rows in found]
-    params = {f"adamss_A.{i}": a for i, a in enumerate(every)}
-    for i, (a, rows) in enumerate(zip(every, found, strict=True)):
-        shape = (len(rows), len(a))
-        params[f"adamss_B.{i}"] = draw.normal(*shape, std=0.01) if config.init_weights is None else draw.zeros(*shape)
+    every: list[tuple[Tensor, Tensor]] = []
+    seed = draw.generator.initial_seed() if draw.generator is not None else 0 if draw.abstract else None
+    with svd.seeded(seed, u.device):
+        for rows in found:  # PEFT draws for A and for B in turn
+            a = draw.cast(directions(u[rows.to(u.device)], config))
+            shape = (len(rows), len(a))
+            every.append((a, draw.normal(*shape, std=0.01) if config.init_weights is None else draw.zeros(*shape)))
+    params = {f"adamss_A.{i}": a for i, (a, _) in enumerate(every)}
+    params |= {f"adamss_B.{i}": b for i, (_, b) in enumerate(every)}
     return Fresh(params, {"adamss_newB": draw.cast(v).contiguous()})
 
 
 def derive(site: Site, config: AdamssConfig, draw: Draw, weight: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """The outputs in each cluster, and where each output is among them. Nothing on the meta device."""
-    if draw.abstract:
+    """The outputs in each cluster, and where each output is among them. Nothing if the weight is on the meta device."""
+    if draw.abstract and weight().is_meta:
         return {}
     found = [rows.to(draw.device) for rows in spaces(site, config, weight).rows]
     leaves = {f"adamss_rows_{i}": rows for i, rows in enumerate(found)}

@@ -31,7 +31,7 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.parts.forms import KINDS, add_weight
+from funcadapt.parts.forms import KINDS, add_weight, certain
 from funcadapt.sites import Site
 
 fft: Any = torch.fft  # a C extension without types
@@ -127,13 +127,13 @@ def circulant(layer: Layer, p: Leaf) -> Tensor:
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + C x / in, in y's dtype."""
     site = layer.site
-    if site.kind == "embedding" or len(site.shape) > 2:
+    if site.kind == "embedding" or len(site.shape) > 2 or certain(x.numel() == 0):  # MKL has no transform of no row
         return add_weight(layer, x, y, circulant(layer, p))
     kernel = _kernel(layer, p)
     d = kernel.shape[-1]
-    blocks = x.reshape(*x.shape[:-1], -1, d).to(torch.promote_types(x.dtype, kernel.dtype))
+    blocks = x.reshape(*x.shape[:-1], kernel.shape[1], d).to(torch.promote_types(x.dtype, kernel.dtype))
     product = torch.einsum("...nk,mnk->...mk", fft.rfft(blocks), fft.rfft(kernel).conj())
-    return (y + fft.irfft(product, n=d).reshape(*x.shape[:-1], -1)).to(y.dtype)
+    return (y + fft.irfft(product, n=d).reshape(*x.shape[:-1], site.out_features)).to(y.dtype)
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

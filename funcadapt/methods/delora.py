@@ -59,7 +59,7 @@ class DeloraConfig(AdapterConfig):
 
     peft_type: str = "DELORA"
     r: int = 8
-    delora_lambda: float = 15.0
+    delora_lambda: float = 15
     module_dropout: float = 0.0
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None

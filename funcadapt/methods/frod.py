@@ -11,7 +11,8 @@ times kernel. An embedding's is (vocabulary, width), as torch stores it.
 The category is the end of a layer's path: "self_attn_q_proj". V joins the weights of a category by a QR decomposition
 and the eigenvectors of what its parts have in common (`regularization_alpha` is the ridge).
 Init: S zero, l = l_0: the identity, exactly, as only l - l_0 acts. The places of S from a generator seeded with
-`projection_prng_key`. With `save_projection=False` no checkpoint holds V.
+`projection_prng_key`. With `save_projection=False` no checkpoint holds V, which is computed again; with True a file
+without it is refused, as eigenvectors have other signs on other machines.
 Cost: columns + nnz parameters a layer, nnz = `sparse_rate` columns^2; 2 columns (2 columns + out) flops a token forward
 and twice that backward; U has as many numbers as W. Dense form: W + U (S + diag(l - l_0)) V^T.
 
@@ -231,6 +232,15 @@ METHOD = register(
         check=check,
         dropout=lambda config: config.frod_dropout,
         reads=frozenset(),
-        view=View("frod", "Frod", "frod_", label="frod.", dropout="frod_dropout"),
+        view=View(
+            package="frod",
+            name="Frod",
+            prefix="frod_",
+            label="frod.",
+            dropout="frod_dropout",
+            containers=("frod_lambda_l", "frod_lambda_s_values", "frod_U", "frod_V", "frod_s_indices", "frod_s_size"),
+            buffers=frozenset({"frod_U"}),
+            hidden=frozenset({"frod_V", "frod_s_indices", "frod_s_size"}),
+        ),
     )
 )

@@ -136,7 +136,11 @@ def bias_change(site: Site, p: Leaf, weight: Callable[[], Tensor], bias: Tensor 
         if c is not None or d is not None or e is not None:
             raise SiteError(f"GLoRA has a C, D or E at {site.path!r}, which has no bias that they could act on.")
         return None
-    parts = [] if c is None else [(weight().flatten(1) @ c.expand(inputs, 1)).flatten()]
+    parts: list[Tensor] = []
+    if c is not None:
+        base = weight().flatten(1)
+        wide = torch.promote_types(base.dtype, c.dtype)
+        parts = [(base.to(wide) @ c.expand(inputs, 1).to(wide)).flatten()]
     parts += [] if d is None or e is None else [bias * d.flatten(), e.flatten()]
     return sum(parts[1:], parts[0]) if parts else None
 
@@ -149,7 +153,8 @@ def weight_change(site: Site, p: Leaf, weight: Callable[[], Tensor]) -> Tensor |
         return None
     scaled = weight().reshape(out, inputs) * a
     if "glora_B.Xd" in p:
-        return torch.addmm(scaled, *_factors(p, "glora_B", out, inputs)).reshape(site.shape)
+        down, up = _factors(p, "glora_B", out, inputs)
+        return torch.addmm(scaled, down.to(scaled.dtype), up.to(scaled.dtype)).reshape(site.shape)
     return (scaled + p["glora_B.X"].reshape(a.shape)).reshape(site.shape)
 
 

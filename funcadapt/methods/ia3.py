@@ -8,7 +8,8 @@ Init: ones, which is the identity. Cost: `out` (or `in`) parameters a layer and 
 Dense form: rows of W and b scaled by l, or columns of W.
 
 Source: Liu et al. 2022, arXiv:2205.05638. Differs from PEFT: also on embeddings (not feed-forward), Conv1d, multi-head
-attention and plain parameters; with an unequal group count on convolutions; several adapters compose in order.
+attention and plain parameters; with an unequal group count on convolutions; several adapters compose in order; files of
+"all-linear" with names of feed-forward layers can be read.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ The targets may be modules of any kind; they are no sites, and there is nothing 
 
 Source: Zhao et al. 2023, arXiv:2312.11420. Differs from PEFT: several adapters may act in a call, each replaces what
 the ones before it have put there (weighted, if they have weights), and adapters can be grouped and routed row by row.
-In the in-place model the copies are held as those of `modules_to_save` are; files have PEFT's names.
+The in-place model is as PEFT's: one adapter acts, and takes the module's place while it is merged.
 """
 
 from __future__ import annotations
@@ -81,6 +81,6 @@ METHOD = register(
         whole="ln_tuning_layers",
         init=init,
         weight=weight,
-        view=View("ln_tuning", "LNTuning", "ln_tuning_"),
+        view=View("ln_tuning", "LNTuning", "ln_tuning_", label="ln_tuning."),
     )
 )

@@ -144,7 +144,7 @@ def _sums(layer: Layer, x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
             eye = torch.eye(site.groups, dtype=dtype, device=x.device)
             select = torch.kron(eye.reshape(site.groups, site.groups, *(1,) * (len(site.shape) - 2)), select)
         return layer.linear(x, select)
-    shards, rest = divmod(x.shape[-1], r)
+    shards, rest = site.in_features // r, site.in_features % r  # dynamo has no divmod of sizes
     whole = shards * r
     sums = (x[..., :whole] if rest else x).reshape(*x.shape[:-1], shards, r).sum(-2)
     return sums + F.pad(x[..., whole:], (0, r - rest)) if rest else sums

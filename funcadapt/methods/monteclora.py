@@ -14,7 +14,8 @@ Cost: LoRA's; in training the draws, r in numbers a layer.
 Dense form: LoRA's. `penalty` is what is added to the loss: the divergences from the priors.
 
 Source: Sengupta et al. 2024, arXiv:2411.04358. Differs from PEFT: also on embeddings and convolutions; numbers are
-drawn in the call, not in a pool of 150 from which each layer takes one after the other; `penalty` draws its own sample
+drawn in the call, not in a pool of 150 for each layer, which PEFT fills when it is made (so that a seed gives PEFT's
+numbers at the first layer only); `penalty` draws its own sample
 (its expectation is the same) and has the Dirichlet divergence right (PEFT adds the log-gammas that are to be
 subtracted, and has infinity for numbers beyond 171).
 """

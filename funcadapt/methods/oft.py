@@ -38,7 +38,7 @@ from funcadapt.parts.checks import check_layers, check_one_of
 from funcadapt.parts.forms import KINDS
 from funcadapt.parts.holders import holder
 from funcadapt.parts.lora_leaves import neutral
-from funcadapt.parts.orthogonal import cayley, convolved, rotated, size_of, skew, turns_input, without_autocast
+from funcadapt.parts.orthogonal import cayley, convolved, rotated, side_of, size_of, skew, turns_input, without_autocast
 from funcadapt.sites import Site
 
 
@@ -122,7 +122,7 @@ def rotations(layer: Layer, p: Leaf) -> Tensor:
     config, vectors = layer.config, p[_name(layer.site)]
     assert isinstance(config, OFTConfig)
     blocks, numbers = vectors.shape
-    side = (1 + math.isqrt(1 + 8 * numbers)) // 2
+    side = side_of(numbers)
     size = size_of(layer.site)
     if size % side or blocks != (1 if config.block_share else size // side):
         raise SiteError(f"oft at {layer.site.path!r}: {blocks} blocks of size {side} are not made for {size} inputs.")

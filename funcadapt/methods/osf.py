@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcadapt import targets
 from funcadapt._torch import linalg
@@ -37,7 +37,7 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
-from funcadapt.parts.forms import KINDS, add_product, matrix
+from funcadapt.parts.forms import KINDS, add_product, certain, matrix
 from funcadapt.parts.projecting import projected
 from funcadapt.sites import Site
 
@@ -192,7 +192,8 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
 def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
     """Whether there are so many tokens that U S V is better made once."""
     (out, columns), tokens = matrix(layer.site), x.numel() // layer.site.in_features
-    return min(tokens, 4 * p["osf_S_low"].shape[-1]) * (out + columns) > out * columns
+    # of both, as min() would compare them
+    return all(certain(n * (out + columns) > out * columns) for n in (tokens, 4 * p["osf_S_low"].shape[-1]))
 
 
 def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -211,6 +212,13 @@ def check(config: OSFConfig, path: str, p: Leaf) -> None:
         raise SiteError(f"The site {path!r} has osf_U_low {u}, osf_S_low {s} and osf_V_low {v}; expected (out, k), "
                         "(k,) and (k, in).")  # fmt: skip
 
+
+def _parameter_dict(site: Site, base: nn.Module, container: str, parts: Mapping[str, Tensor]) -> nn.Module:
+    """What PEFT holds the trained leaves in."""
+    return nn.ParameterDict({name: nn.Parameter(value) for name, value in parts.items()})
+
+
+_FROZEN = ("osf_U_low_init", "osf_S_low_init", "osf_V_low_init", "osf_U_high", "osf_V_high")
 
 METHOD = register(
     Method(
@@ -232,7 +240,10 @@ METHOD = register(
             prefix="osf_",
             label="osf.",
             attributes={"effective_rank": "effective_rank"},
-            entries={"osf_svd_params": "ParameterDict"},
+            containers=("osf_svd_params", *(f"_{name}" for name in _FROZEN)),
+            holder=_parameter_dict,
+            held={name: f"_{name}" for name in _FROZEN},
+            buffers=frozenset(_FROZEN),
         ),
     )
 )

@@ -7,8 +7,8 @@ In training the sigmoid is a sample of the relaxed Bernoulli distribution of tem
 n_splits = q > 1 (multi-head routing) the inputs and the outputs are cut into q parts, each with a mixture of its own.
 
 The task of each row is an input of the call: `fa.functional_call(model, adapter, args, inputs={"task_ids": ids})`,
-ids (rows) of integers in [0, n_tasks). It can be different in every row. There is no dense form, as there is a weight
-for every row: for one task, all rows can be given it.
+ids (rows) of integers in [0, n_tasks). It can be different in every row; a number without an axis is the task of all.
+There is no dense form, as there is a weight for every row.
 
 Leaves: `poly_lora_A` (q, S, in / q, r), `poly_lora_B` (q, S, r, out / q), `module_logits` (n_tasks, q S).
 Init: A kaiming-uniform, B zero: the identity. The logits are uniform in (-0.001, 0.001).
@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from funcadapt._torch import in_functorch, is_recording
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
@@ -99,25 +100,36 @@ def init(site: Site, config: PolyConfig, draw: Draw, weight: Callable[[], Tensor
     return Fresh({"poly_lora_A": a, "poly_lora_B": b, "module_logits": logits}, {})
 
 
-def _tasks(layer: Layer, p: Leaf, rows: int) -> Tensor:
-    tasks = p.get("task_ids")
+def _tasks(layer: Layer, p: Leaf, x: Tensor) -> Tensor:
+    tasks, rows, available = p.get("task_ids"), x.shape[0], p["module_logits"].shape[0]
     if tasks is None:
         raise SiteError(
             f"Poly at {layer.site.path!r} needs the task of each row: fa.functional_call(..., inputs={{'task_ids': "
             "ids}), with ids of shape (rows). (PEFT: task_ids should not be None.)"
         )
-    if tasks.ndim != 1 or tasks.shape[0] == 0 or rows % tasks.shape[0]:
+    if tasks.device.type == "cpu" and not (is_recording() or in_functorch()):  # elsewhere the values are not at hand
+        wrong = tasks[(tasks < 0) | (tasks >= available)]
+        if wrong.numel():
+            raise SiteError(
+                f"Poly at {layer.site.path!r}: Only {available} tasks available. Found task id = {int(wrong[0])}. "
+                f"Expected numbers from 0 to {available - 1}."
+            )
+    tasks = tasks.to(device=p["module_logits"].device, dtype=torch.long)
+    if not tasks.ndim:
+        return tasks.expand(rows)
+    # a layer that gets two axes may have its tokens among the rows: each entry is for consecutive ones then
+    times = rows // max(1, tasks.shape[0]) if x.ndim == 2 else 1
+    if tasks.ndim != 1 or times * tasks.shape[0] != rows:
         raise SiteError(
-            f"Poly at {layer.site.path!r} got task_ids of shape {tuple(tasks.shape)}, expected ({rows}): one a row."
+            f"Poly at {layer.site.path!r} got task_ids of shape {tuple(tasks.shape)}, expected ({rows},): one a row, "
+            "or a number without an axis for all rows."
         )
-    # beams and return sequences: each entry is for consecutive rows
-    return tasks if tasks.shape[0] == rows else tasks.repeat_interleave(rows // tasks.shape[0])
+    return tasks if times == 1 else tasks.repeat_interleave(times)
 
 
-def mixture(layer: Layer, p: Leaf, rows: int) -> Tensor:
+def mixture(layer: Layer, p: Leaf, x: Tensor) -> Tensor:
     """The weight of each skill: (rows, q, S)."""
-    a = p["poly_lora_A"]
-    logits = p["module_logits"].index_select(0, _tasks(layer, p, rows).long()).reshape(rows, *a.shape[:2])
+    logits = p["module_logits"].index_select(0, _tasks(layer, p, x)).reshape(x.shape[0], *p["poly_lora_A"].shape[:2])
     if layer.training:
         # a sample of the relaxed Bernoulli distribution of temperature 1, as torch.distributions draws it
         tiny = torch.finfo(logits.dtype).eps
@@ -134,7 +146,7 @@ def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     a, b = a.reshape(q, skills, site.in_features // q, r), b.reshape(q, skills, r, site.out_features // q)
     if not rows:
         return y
-    w = mixture(layer, p, rows)
+    w = mixture(layer, p, x)
     a = torch.einsum("bqs,qsdr->bqdr", w, a).reshape(rows, site.in_features, r)
     b = torch.einsum("bqs,qsrd->bqrd", w, b).transpose(1, 2).reshape(rows, r, site.out_features)
     h = x.to(a.dtype).reshape(rows, -1, site.in_features) @ a

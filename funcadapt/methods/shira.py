@@ -151,7 +151,13 @@ METHOD = register(
         reads=frozenset(),
         rank_field="",  # r only counts entries
         view=View(
-            "shira", "Shira", "shira_", label="shira.", buffers=frozenset({"shira_indices"}), attributes={"r": "r"}
+            package="shira",
+            name="Shira",
+            prefix="shira_",
+            label="shira.",
+            buffers=frozenset({"shira_indices"}),
+            hidden=frozenset({"shira_indices"}),
+            attributes={"r": "r"},
         ),
     )
 )

@@ -107,11 +107,21 @@ def _places(site: Site, config: SupertuningConfig, draw: Draw, weight: Callable[
     return found.to(dtype=torch.int32, device=draw.device)
 
 
+def layers(site: Site, config: SupertuningConfig, draw: Draw) -> None:
+    """PEFT builds A and B as layers, which draw their own init, before it draws A again."""
+    out, inputs = matrix(site)
+    if config.r is not None:
+        draw.uniform(config.r, inputs, bound=1.0)
+        draw.uniform(out, config.r, bound=1.0)
+
+
 def init(site: Site, config: SupertuningConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """The places by the weight, zeros there, and a LoRA that does nothing yet."""
     refuse_dropout(site, "lora_dropout", _rate(config))
     n, (out, inputs), zero = _number(site, config), matrix(site), config.init_weights
     params = {"supertuning_values": draw.zeros(n) if zero else draw.normal(n)}
+    if draw.generator is None and not zero:  # torch's own: what PEFT's layers draw comes after the values
+        layers(site, config, draw)
     if config.r is not None:
         bounds = [1 / math.sqrt(n) for n in (inputs, config.r)]
         params["supertuning_lora_A"] = draw.uniform(config.r, inputs, bound=bounds[0])
@@ -196,11 +206,9 @@ def check(config: SupertuningConfig, path: str, p: Leaf) -> None:
 
 
 def warm(site: Site, config: SupertuningConfig, draw: Draw) -> None:
-    """PEFT builds A and B as layers, which draw their own init, before it draws A again."""
-    out, inputs = matrix(site)
-    if config.r is not None:
-        draw.uniform(config.r, inputs, bound=1.0)
-        draw.uniform(out, config.r, bound=1.0)
+    """What comes before all that `init` draws."""
+    if config.init_weights:
+        layers(site, config, draw)
 
 
 METHOD = register(

@@ -3,14 +3,13 @@
     W' = W with the rows `token_indices` replaced by the trained ones
 
 Leaves: `trainable_tokens_delta` (tokens, width); the buffer `token_indices` follows from the config. A head that is
-tied to the embedding has the rows, too. Init: the rows as they are: the identity; normal numbers with
+tied to the embedding has the rows, too: if the model's config says that it is, a frozen leaf says so at the head, and
+checkpoints repeat the rows there, as PEFT's do. Init: the rows as they are: the identity; normal numbers with
 `init_weights=False`.
 Cost: tokens x width parameters, and a copy of W with other rows a call. Dense form: W'.
 It is what `trainable_token_indices` of other configs does, without another adapter.
 
-Source: PEFT. Differs from PEFT: a linear layer that is targeted keeps its bias, and indices are checked; a file does
-not have the rows of a tied head a second time. In the in-place model the rows are held as those of
-`trainable_token_indices` are; files have PEFT's names.
+Source: PEFT. Differs from PEFT: a linear layer that is targeted keeps its bias, and indices are checked.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from funcadapt.binding import TOKENS
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
@@ -71,7 +71,8 @@ METHOD = register(
         config=TrainableTokensConfig,
         kinds=frozenset(),
         keys={},
-        rows="trainable_tokens_delta",
+        rows=TOKENS,
+        tied=frozenset({TOKENS}),
         init=init,
         weight=weight,
         view=View("trainable_tokens", "TrainableTokens", "trainable_tokens_"),

@@ -106,6 +106,9 @@ def share(sites: Sequence[Site], config: UniLoraConfig, draw: Draw, weight: Call
         lead = site.stack if site.experts > 1 else ()
         shapes += [(*lead, r, columns(site)), (*lead, site.out_features, r)]
     sizes = [torch.Size(shape).numel() for shape in shapes]
+    if draw.generator is None and not draw.abstract:  # torch's own: PEFT draws indices that it then replaces
+        for shape in shapes:
+            torch.randint(length, shape)
     if draw.abstract:
         index, scale = torch.zeros(sum(sizes), dtype=torch.long, device=draw.device), draw.zeros(sum(sizes))
     else:

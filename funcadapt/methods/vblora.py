@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from funcadapt import targets
+from funcadapt._torch import fork_rng
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
@@ -113,7 +115,9 @@ def init(site: Site, config: VBLoRAConfig, draw: Draw, weight: Callable[[], Tens
 
 def share(sites: Sequence[Site], config: VBLoRAConfig, draw: Draw, weight: Callable[[Site], Tensor]) -> Shared:
     """The bank: uniform."""
-    return Shared({BANK: _bank(config, draw)}, {}, {})
+    # torch's own generator goes on after the logits: `warm` has drawn the bank
+    with fork_rng(devices=[]) if draw.generator is None else nullcontext():
+        return Shared({BANK: _bank(config, draw)}, {}, {})
 
 
 def _bank(config: VBLoRAConfig, draw: Draw) -> Tensor:

@@ -6,9 +6,10 @@ F_out and F_in are one level of an inverse wavelet transform, of the outputs and
 coefficients times shifts by two of the low-pass filter, the second half times those of the high-pass filter. With
 `use_idwt=False` D = scaling * S.
 
-Leaves: `waveft_spectrum` (n), n = n_frequency. The places are in no checkpoint: they follow from `random_loc_seed` and
-the shape. Derived: `places` (2, n), in S, which is larger than W by the length L of the filters less 2, made even; and
-`filters` (2, L).
+Leaves: `waveft_spectrum` (n), n = n_frequency; with `proportional_parameters` n = max(1, round(N n_frequency a / A))
+for N layers whose weights have A entries together, a of them at the layer, and every expert is a layer. The places are
+in no checkpoint: they follow from `random_loc_seed` and the shapes. Derived: `places` (2, n), in S, which is larger
+than W by the length L of the filters less 2, made even; and `filters` (2, L).
 Init: zeros, the identity; normal with a deviation of 0.01 with `init_weights=False`.
 Cost: n parameters a layer; 2 L (in + out) + 2 n flops a token forward, by a transform of x, a sparse product and a
 transform of the result, no matrix of the size of W. For more than 2 (in + out) coefficients and many tokens D is built:
@@ -24,7 +25,7 @@ convolutions (in each group), multi-head attention and plain parameters; `torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -34,10 +35,18 @@ from torch import Tensor
 from funcadapt import targets
 from funcadapt.errors import did_you_mean
 from funcadapt.layer import Layer
-from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
 from funcadapt.parts import wavelets
 from funcadapt.parts.forms import KINDS, add_sparse, add_weight, is_dense, matrix, sparse
-from funcadapt.parts.spectra import FOURIER, SpectralConfig, check_number, check_spectrum, places, scaled
+from funcadapt.parts.spectra import (
+    FOURIER,
+    SpectralConfig,
+    check_number,
+    check_spectrum,
+    places,
+    proportional,
+    scaled,
+)
 from funcadapt.sites import Site
 
 
@@ -51,12 +60,12 @@ class WaveFTConfig(SpectralConfig):
         wavelet_family: "db1" to "db10", "sym2" to "sym10", "coif1" to "coif5".
         use_idwt: whether the coefficients are those of a wavelet transform, or entries of the weight.
         random_loc_seed: the seed of the places of the coefficients; equal layers have equal places.
-        proportional_parameters: as many coefficients in all, shared out by the sizes of the layers.
+        proportional_parameters: as many coefficients in all, shared out by the sizes of the layers: `n_frequency` is
+            then their mean, and `n_frequency_pattern` has no effect.
         init_weights: whether they start at zero.
 
     Raises:
         ValueError: if the values contradict each other.
-        NotImplementedError: if `proportional_parameters` is set.
     """
 
     peft_type: str = "WAVEFT"
@@ -71,7 +80,6 @@ class WaveFTConfig(SpectralConfig):
     target_table: ClassVar[targets.Targets] = {
         name: modules for name, modules in FOURIER.items() if name not in ("btlm", "rwkv", "rwkv7")
     }
-    unsupported: ClassVar[frozenset[str]] = frozenset({"proportional_parameters"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,15 +89,33 @@ class WaveFTConfig(SpectralConfig):
 
 
 def init(site: Site, config: WaveFTConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
-    """`waveft_spectrum`: zeros, or small normal numbers if `init_weights` is false."""
-    n = config.n_frequency
-    check_number(site, n)
-    return Fresh({"waveft_spectrum": draw.zeros(n) if config.init_weights else draw.normal(n, std=0.01)}, {})
+    """`waveft_spectrum`: zeros, or normal numbers if `init_weights` is false; see `share` for proportional ones."""
+    return Fresh({} if config.proportional_parameters else _start(site, config, draw, config.n_frequency), {})
+
+
+def _start(site: Site, config: WaveFTConfig, draw: Draw, *shape: int) -> dict[str, Tensor]:
+    check_number(site, shape[-1])
+    # not the draw's own `normal`: PEFT multiplies here, which rounds the last bit differently
+    return {"waveft_spectrum": draw.zeros(*shape) if config.init_weights else Draw.normal(draw, *shape, std=0.01)}
 
 
 def derive(site: Site, config: WaveFTConfig, draw: Draw, weight: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """The places of the coefficients, and the filters."""
-    at = places(site, config.n_frequency, config.random_loc_seed, draw)
+    """The places of the coefficients, and the filters; see `share` for proportional ones."""
+    return {} if config.proportional_parameters else _where(site, config, draw, config.n_frequency)
+
+
+def share(sites: Sequence[Site], config: WaveFTConfig, draw: Draw, weight: Callable[[Site], Tensor]) -> Shared:
+    """All that each site has, where the number of its coefficients depends on the others."""
+    at: dict[str, dict[str, Tensor]] = {}
+    for site, n in proportional(sites, config.n_frequency) if config.proportional_parameters else ():
+        lead = site.stack if site.experts > 1 else ()
+        frozen = {k: v.expand(*lead, *v.shape).clone() for k, v in _where(site, config, draw, n).items()}
+        at[site.path] = {**_start(site, config, draw, *lead, n), **frozen}
+    return Shared({}, {}, at)
+
+
+def _where(site: Site, config: WaveFTConfig, draw: Draw, n: int) -> dict[str, Tensor]:
+    at = places(site, n, config.random_loc_seed, draw)
     if not config.use_idwt:
         return {"places": at}
     both = wavelets.filters(config.wavelet_family)
@@ -160,8 +186,15 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
 
 
 def check(config: WaveFTConfig, path: str, p: Leaf) -> None:
-    """As many numbers as the config says."""
-    check_spectrum(config, path, p, "waveft_spectrum")
+    """As many numbers as the config says, if it does: the model says how many are proportional, see `shapes`."""
+    n = None if config.proportional_parameters else config.at(path).n_frequency
+    check_spectrum(path, p, "waveft_spectrum", n)
+
+
+def shapes(site: Site, config: WaveFTConfig, p: Leaf) -> dict[str, tuple[int, ...]]:
+    """As many numbers as places."""
+    n = p["places"].shape[-1] if config.proportional_parameters and "places" in p else config.n_frequency
+    return {"waveft_spectrum": (*site.stack, n)}
 
 
 METHOD = register(
@@ -172,10 +205,12 @@ METHOD = register(
         keys={"waveft_spectrum": "waveft_spectrum"},
         init=init,
         derive=derive,
+        share=share,
         after=after,
         folds=folds,
         weight=weight,
         check=check,
+        shapes=shapes,
         reads=frozenset({"scaling", "use_idwt"}),
         view=View(
             "waveft",
@@ -184,7 +219,7 @@ METHOD = register(
             classes={"linear": "WaveFTLinear", "hf_conv1d": "WaveFTLinear"},
             label="waveft.",
             attributes={
-                "waveft_n_frequency": "n_frequency",
+                "waveft_n_frequency": lambda config, p: p["waveft_spectrum"].shape[-1],
                 "waveft_scaling": "scaling",
                 "waveft_random_loc_seed": "random_loc_seed",
                 "waveft_wavelet_family": "wavelet_family",

@@ -91,7 +91,9 @@ def describe(config: AdaLoraConfig, leaves: Mapping[str, Leaf]) -> AdaLoraConfig
     Returns:
         The config. What it cannot say, such as a scaling of one site, goes into `lora_E` (see `stored`).
     """
-    own = {path: p for path, p in leaves.items() if "lora_E" in p and "scaling" in p and not p["scaling"].is_meta}
+    scales = ("scaling", "ranknum")
+    own = {path: p for path, p in leaves.items() if "lora_E" in p and "scaling" in p}
+    own = {path: p for path, p in own.items() if not any(p[name].is_meta for name in scales if name in p)}
     if not own:
         return config
     r = max(config.init_r, *(config.rank(p) for p in own.values()))

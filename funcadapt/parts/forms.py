@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcadapt._torch import unflatten
+from funcadapt._torch import is_compiling, unflatten
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
 from funcadapt.method import Draw
@@ -93,7 +93,7 @@ def add_products(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Any:
     Returns:
         Of y's shape; NotImplemented if the dtypes differ.
     """
-    same = a.dtype == b.dtype == x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type)
+    same = a.dtype == b.dtype == x.dtype == y.dtype and not autocasts(x.device)
     if not same:
         return NotImplemented
     n, width = a.shape[0], x.shape[-1]
@@ -145,6 +145,30 @@ def add_entries(weight: Tensor, places: Tensor, values: Tensor) -> Tensor:
     return weight.to(wide).reshape(-1).scatter_add(0, places, values.to(wide)).reshape(weight.shape)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def certain(condition: Any) -> bool:
+    """Whether a condition on sizes holds; False where a compiler that does not know the sizes would have to guess.
+
+    For a choice between forms that give the same: with a guard on the size there would be a graph for each of them, and
+    `torch.export` takes none.
+
+    Args:
+        condition: a bool, or what dynamo or export has in its place.
+
+    Returns:
+        The condition, or False.
+    """
+    if not is_compiling() and type(condition) is bool:
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return statically_known_true(condition)
+
+
 def is_dense(layer: Layer, n: int, x: Tensor, gain: int = 1) -> bool:
     """Whether an update of n entries is better made as a matrix than entry by entry for each token of an input.
 
@@ -155,13 +179,13 @@ def is_dense(layer: Layer, n: int, x: Tensor, gain: int = 1) -> bool:
         gain: how much longer the matrix takes than to put the entries into one.
 
     Returns:
-        The answer.
+        The answer; False for as many tokens as a compiler does not know.
     """
     site = layer.site
     if site.kind == "embedding" or len(site.shape) > 2:
         return True
     out, inputs = matrix(site)
-    return 2 * n * (x.numel() // max(1, inputs)) >= gain * out * inputs
+    return certain(2 * n * (x.numel() // max(1, inputs)) >= gain * out * inputs)
 
 
 def add_sparse(y: Tensor, x: Tensor, at: Tensor, values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Leaf
+from funcadapt.parts.forms import autocasts
 from funcadapt.parts.lowrank import factors
 
 PRODUCTS = frozenset({"linear", "hf_conv1d"})
@@ -41,7 +42,7 @@ def _batchable(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> bool:
     a = p.get("lora_A")
     if a is None or "lora_B_bias" in p or layer.site.kind not in PRODUCTS:
         return False
-    return a.dtype == x.dtype == y.dtype and not torch.is_autocast_enabled(x.device.type)
+    return a.dtype == x.dtype == y.dtype and not autocasts(x.device)
 
 
 def grouped(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Any:

@@ -78,6 +78,10 @@ def new(site: Site, config: LoraConfig, draw: Draw, weight: Callable[[], Tensor]
         a = draw.normal(*shape_a, std=1 / r) if gaussian else draw.uniform(*shape_a, bound=1 / math.sqrt(fan_in))
         if how is not False:
             b = draw.zeros(*shape_b)
+            if how == "eva" and draw.generator is None:  # torch's own: PEFT keeps A as its layer drew it, before B's
+                draw.uniform(*shape_b, bound=1.0)
+                if config.lora_bias:
+                    draw.uniform(site.out_features, bound=1.0)
         elif experts:  # one layer for all of them, in the order of `pack`
             b = draw.uniform(site.out_features, r, *experts, bound=1 / math.sqrt(r * site.experts))
             b = b.movedim(-1, 0).contiguous()

@@ -46,7 +46,7 @@ def warm(site: Site, config: LoraConfig, draw: Draw) -> None:
         out: Any = dataclasses.replace(site, kind="linear", shape=(site.in_features, site.in_features))
         warm(out, config, draw)
         lora_inits.new(out, config, draw, lambda: draw.zeros(), 1.0)
-    if how is False:
+    if how is False or (how == "eva" and site.kind != "embedding"):
         return  # they stay as they are, and `init` draws the same
     if site.kind == "embedding":
         draw.normal(r, site.in_features)

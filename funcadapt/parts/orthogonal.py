@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcadapt._torch import linalg, unflatten
 from funcadapt.layer import Layer
-from funcadapt.parts.forms import columns
+from funcadapt.parts.forms import autocasts, columns
 from funcadapt.sites import Site
 
 
@@ -37,9 +37,17 @@ def skew(vectors: Tensor, side: int) -> Tensor:
     return upper - upper.mT
 
 
+def side_of(numbers: int) -> int:
+    """The side of the skew matrices that have so many numbers above their diagonals."""
+    side = 1
+    while side * (side - 1) // 2 < numbers:  # dynamo knows no root of a size
+        side += 1
+    return side
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast on a device: a product in 16 bits would not be orthogonal."""
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

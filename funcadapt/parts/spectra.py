@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -63,11 +64,28 @@ def check_number(site: Site, n: int) -> None:
         raise SiteError(f"n_frequency={n} is more than the {out * inputs} entries of the weight of {site.path!r}.")
 
 
-def check_spectrum(config: Any, path: str, p: Leaf, name: str) -> None:
-    """Raise SiteError unless a leaf has as many numbers as the config says."""
-    shape, n = tuple(p[name].shape) if name in p else (), config.at(path).n_frequency
-    if len(shape) not in (1, 2) or shape[-1:] != (n,):
-        raise SiteError(f"The site {path!r} has {name} of shape {shape}, its config says ({n},).")
+def proportional(sites: Sequence[Site], n: int) -> list[tuple[Site, int]]:
+    """How many numbers each site has of n for each on average, in proportion to the entries of its weight.
+
+    Args:
+        sites: the sites. Every expert counts as one.
+        n: the mean.
+
+    Returns:
+        Sites and numbers, rounded as PEFT rounds them, at least one; for experts that of each.
+    """
+    sizes = [math.prod(matrix(site)) for site in sites]
+    counts = [max(1, site.experts) for site in sites]
+    total = sum(size * count for size, count in zip(sizes, counts, strict=True))
+    return [(site, max(1, round(size / total * (n * sum(counts))))) for site, size in zip(sites, sizes, strict=True)]
+
+
+def check_spectrum(path: str, p: Leaf, name: str, n: int | None) -> None:
+    """Raise SiteError unless a leaf has n numbers (None: any number), for each expert if there are some."""
+    shape = tuple(p[name].shape) if name in p else ()
+    if len(shape) not in (1, 2) or (n is not None and shape[-1:] != (n,)):
+        expected = "one number or more" if n is None else f"({n},)"
+        raise SiteError(f"The site {path!r} has {name} of shape {shape}, its config says {expected}.")
 
 
 def places(site: Site, n: int, seed: int, draw: Draw) -> Tensor:

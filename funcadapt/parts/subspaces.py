@@ -54,9 +54,14 @@ def spaces(site: Site, config: AdamssConfig, weight: Callable[[], Tensor]) -> Sp
         The decomposition.
 
     Raises:
-        SiteError: if the layer has a bias that is not given.
+        SiteError: if the layer has a bias that is not given, or the weight is on the meta device.
     """
     matrix, bias = weight().flatten(1), getattr(weight, "bias", None)
+    if matrix.is_meta:
+        raise SiteError(
+            f"AdaMSS clusters the outputs of {site.path!r} by the values of its weight, which is on the meta device, "
+            "so the sizes of its leaves are not known. Load the model's weights first."
+        )
     if site.bias:
         if bias is None:
             raise SiteError(f"AdaMSS decomposes the weight of {site.path!r} with its bias, which is not at hand.")

@@ -102,6 +102,28 @@ def test_a_checkpoint_without_the_basis_is_computed_again(tmp_path: Path) -> Non
         fa.load(tmp_path)
 
 
+@pytest.mark.parametrize("lost", ["every", "frod_V.attn_q", "frod_s_indices.attn_q", "frod_s_size.attn_q"])
+def test_a_basis_that_the_config_promises_is_missed(tmp_path: Path, lost: str) -> None:
+    """It follows from an eigendecomposition, whose signs are the machine's: computed again it may be another one.
+
+    PEFT misses it only where the file has nothing of all that.
+    """
+    model, config = Two(), fa.FrodConfig(target_modules=["q"], sparse_rate=0.2, progressbar=False)
+    fa.save(fa.init(model, config), tmp_path)
+    keys = raw(tmp_path)
+    gone = {key for key in keys if "lambda" not in key and lost in ("every", key.removeprefix("base_model."))}
+    assert gone
+    kept = {key: value for key, value in keys.items() if key not in gone}
+    save_file(kept, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(fa.AdapterFileError, match=r"lacks 'frod_"):
+        fa.load(tmp_path, model=model)
+    with pytest.raises(ValueError, match=r"lacks 'frod_.*save_projection=False"):
+        shim.PeftModel.from_pretrained(Two(), tmp_path)
+    if lost == "every":
+        with pytest.raises(ValueError, match="save_projection=False"):
+            peft_load(Two(), tmp_path)
+
+
 def test_a_new_adapter_changes_no_bit() -> None:
     """Also in half precision, where U and V are rounded: PEFT's new adapter moves the output."""
     model, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(9, 64).bfloat16()

@@ -97,14 +97,18 @@ def test_what_is_missing_or_wrong_raises() -> None:
         fa.functional_call(model, adapter, (x,))
     with pytest.raises(fa.SiteError, match=r"task_ids of shape \(2,\)"):
         fa.functional_call(model, adapter, (x,), inputs={"task_ids": TASKS[:2]})
+    for wrong in (TASKS[:1], TASKS[:0], TASKS.repeat(2)):
+        with pytest.raises(fa.SiteError, match=r"task_ids of shape .*expected \(3,\)"):
+            fa.functional_call(model, adapter, (x,), inputs={"task_ids": wrong})
     with pytest.raises(fa.AdapterError, match=r"inputs has 'tasks'.*Did you mean 'task_ids'"):
         fa.functional_call(model, adapter, (x,), inputs={"tasks": TASKS})
     with pytest.raises(fa.SiteError, match="cannot be merged"):
         fa.merge(model, adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(IndexError):
-            fa.functional_call(model, adapter, (x,), inputs={"task_ids": TASKS + 4})
+        for wrong, found in ((TASKS + 4, 6), (TASKS - 1, -1), (torch.tensor(4), 4)):
+            with pytest.raises(fa.SiteError, match=f"Only 4 tasks available. Found task id = {found}"):
+                fa.functional_call(model, adapter, (x,), inputs={"task_ids": wrong})
     for bad in ({"r": 0}, {"n_skills": -1}):
         with pytest.raises(ValueError, match="positive integer"):
             fa.PolyConfig(**bad)
@@ -131,3 +135,10 @@ def test_the_in_place_model_takes_task_ids() -> None:
     with pytest.raises(ValueError, match="task_ids should not be None"):
         model(**ids)
     assert all("inputs" not in vars(module) for module in model.modules())
+
+
+def test_a_number_is_the_task_of_all_rows() -> None:
+    model, adapter, x = _net()
+    model.eval()
+    each = fa.functional_call(model, adapter, (x,), inputs={"task_ids": torch.full((3,), 2)})
+    assert torch.equal(fa.functional_call(model, adapter, (x,), inputs={"task_ids": torch.tensor(2)}), each)

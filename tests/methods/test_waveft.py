@@ -13,8 +13,12 @@ from peft_tools import peft_save, wrap
 from torch import nn
 
 import funcadapt as fa
-from funcadapt.methods.waveft import analysis, synthesis
+import funcadapt.peft as shim
+from funcadapt.method import Draw
+from funcadapt.methods.waveft import analysis, share, synthesis
 from funcadapt.parts import wavelets
+from funcadapt.parts.spectra import proportional
+from funcadapt.sites import Site
 
 
 def _model(inputs: int, outputs: int) -> nn.Sequential:
@@ -104,3 +108,53 @@ def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
     fa.save(adapter.replace(config=fa.WaveFTConfig(n_frequency=5, target_modules=["0"])), tmp_path)
     with pytest.raises(fa.AdapterError, match=r"its config says \(5,\)"):
         fa.load(tmp_path, model=model)
+
+
+def _numbers(adapter: fa.Adapter) -> dict[str, int]:
+    return {path: p["waveft_spectrum"].shape[-1] for path, p in adapter.params.items()}
+
+
+def test_proportional_numbers_of_every_layer(tmp_path: Path) -> None:
+    """Those of PEFT, in the layers' dicts too; a file of another model's numbers is refused."""
+    fields: dict[str, Any] = {"n_frequency": 10, "proportional_parameters": True, "target_modules": ["0", "1", "2"]}
+
+    def make(width: int = 20) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, width), nn.Linear(width, 1, bias=False))
+
+    wrapped: Any = wrap(make(), peft.WaveFTConfig(**fields))
+    layers = wrapped.base_model.model
+    theirs = {str(i): layers[i].waveft_n_frequency["default"] for i in range(3)}
+    adapter = fa.init(make(), fa.WaveFTConfig(**fields))
+    assert _numbers(adapter) == theirs == {"0": 6, "1": 20, "2": 4}
+    model: Any = fa.materialize(make(), adapter)
+    assert {str(i): model[i].waveft_n_frequency["default"] for i in range(3)} == theirs
+    injected: Any = shim.get_peft_model(make(), shim.WaveFTConfig(**fields)).base_model.model
+    assert {str(i): injected[i].waveft_n_frequency["default"] for i in range(3)} == theirs
+
+    random = fa.init(make(), fa.WaveFTConfig(**fields, init_weights=False))
+    fa.save(random, tmp_path)
+    model, before = make(), torch.get_rng_state()
+    loaded = fa.load(tmp_path, model=model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p["waveft_spectrum"], loaded.params[k]["waveft_spectrum"]) for k, p in random.params.items())
+    fa.save(adapter, tmp_path)
+    assert _numbers(fa.load(tmp_path, model=make())) == theirs
+    with pytest.raises(fa.AdapterError, match="Was this adapter made for another model"):
+        fa.load(tmp_path, model=make(30))
+
+
+def test_proportional_experts_are_layers() -> None:
+    """Each expert as one layer of its size; a layer never has none."""
+    sites = [
+        Site("small", "linear", (1, 2), torch.float32, torch.device("cpu"), "small"),
+        Site("experts", "experts", (40, 20), torch.float32, torch.device("cpu"), "", "experts", experts=3),
+    ]
+    assert [n for _, n in proportional(sites, 6)] == [1, 8]
+    config = fa.WaveFTConfig(n_frequency=6, proportional_parameters=True, target_modules=["small"])
+    draw = Draw(torch.Generator(), torch.float32, torch.device("cpu"))
+    own = share(sites, config, draw, lambda site: torch.empty(0)).at["experts"]
+    assert {name: tuple(leaf.shape) for name, leaf in own.items()} == {
+        "waveft_spectrum": (3, 8),
+        "places": (3, 2, 8),
+        "filters": (3, 2, 2),
+    }

@@ -42,8 +42,8 @@ class Variant:
         identity: whether a new adapter changes nothing.
         training: whether the laws run in training mode; not with dropout, which has no dense form.
         idle: leaves that do nothing in the mode in which the laws run.
-        inputs: what the method needs of every call, the same for all rows: (1, ...). An adapter under the laws holds
-            it as a leaf.
+        inputs: what the method needs of every call, the same for all rows: without their axis. An adapter under the
+            laws holds it as a leaf.
     """
 
     name: str
@@ -74,7 +74,6 @@ class Parity:
         tolerance: relative to the largest number; wider only where PEFT computes in float32.
         training: fields that switch on what is random in training mode, where equal seeds give equal numbers.
         peft: the name of PEFT's config class where it is not ours.
-        names: whether the parameters of the in-place model have PEFT's names, too; those in files always have.
     """
 
     config: Mapping[str, Any]
@@ -84,7 +83,6 @@ class Parity:
     tolerance: float = 1e-9
     training: Mapping[str, Any] | None = None
     peft: str = ""
-    names: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,13 @@ SPECS = {
     "ln_tuning": Spec(
         [],
         parity={
-            "default": Parity({}, ("llama", "gpt2"), names=False),
+            "default": Parity({}, ("llama", "gpt2")),
             "saved": Parity(
                 {"target_modules": ["ln_1"], "modules_to_save": ["ln_f"]},
                 ("gpt2",),
                 merged=False,  # PEFT's unloaded model still has the wrapper around ln_f
-                names=False,
             ),
-            "linear": Parity({"target_modules": ["v_proj", "norm"]}, ("llama",), names=False),
+            "linear": Parity({"target_modules": ["v_proj", "norm"]}, ("llama",)),
         },
     )
 }

@@ -7,7 +7,7 @@ import torch
 from funcadapt.methods.poly import PolyConfig
 from specs import EVERY, LINEAR, Spec, Variant, config
 
-TASK = {"task_ids": torch.tensor([1])}
+TASK = {"task_ids": torch.tensor(1)}
 SPECS = {
     "poly": Spec(
         [

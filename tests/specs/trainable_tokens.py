@@ -11,8 +11,9 @@ SPECS = {
     "trainable_tokens": Spec(
         [],
         parity={
-            "default": Parity({"token_indices": ROWS}, ("llama",), names=False),
-            "named": Parity({"token_indices": ROWS, "target_modules": ["embed_tokens"]}, ("llama",), names=False),
+            "default": Parity({"token_indices": ROWS}, ("llama",)),
+            "tied": Parity({"token_indices": ROWS}, ("llama_tied", "gpt2")),
+            "named": Parity({"token_indices": ROWS, "target_modules": ["embed_tokens"]}, ("llama",)),
         },
     )
 }

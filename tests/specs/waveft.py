@@ -45,6 +45,7 @@ SPECS = {
         [
             Variant("plain", config(fa.WaveFTConfig, **FIELDS)),
             Variant("db3", config(fa.WaveFTConfig, **FIELDS, wavelet_family="db3", init_weights=False), identity=False),
+            Variant("proportional", config(fa.WaveFTConfig, **FIELDS, proportional_parameters=True)),
             Variant("entries", config(fa.WaveFTConfig, **FIELDS, use_idwt=False)),
             # every coefficient: more than in + out
             Variant("all", config(fa.WaveFTConfig, **{**FIELDS, "n_frequency": 24}, wavelet_family="sym4")),
@@ -54,6 +55,10 @@ SPECS = {
             "plain": Parity({"n_frequency": 9}, ("linear", "linear_no_bias", "hf_conv1d")),
             "entries": Parity({"n_frequency": 9, "use_idwt": False}),
             "random": Parity({"n_frequency": 20, "wavelet_family": "coif2", "init_weights": False}),
+            "proportional": Parity({"n_frequency": 5, "proportional_parameters": True}, ("linear", "hf_conv1d")),
+            "proportional_layers": Parity({"n_frequency": 30, "proportional_parameters": True, "init_weights": False,
+                                           "n_frequency_pattern": {"mlp.up_proj": 50}, "wavelet_family": "sym2",
+                                           "target_modules": ["q_proj", "k_proj", "up_proj"]}, ("llama",)),
             "pattern": Parity({"n_frequency": 30, "n_frequency_pattern": {"mlp.up_proj": 50}, "random_loc_seed": 3,
                                "wavelet_family": "sym5", "target_modules": ["q_proj", "up_proj"]}, ("llama",)),
         },
