@@ -220,7 +220,7 @@ def bind(model: nn.Module, entries: Sequence[tuple[str, Entry, Weight]], state: 
         params, buffers = adapter.params, adapter.buffers
         places = plan(model, tuple(params), state)
         for path in buffers:
-            if path not in params:
+            if path not in params and not method.rows:  # those say what is tied, which the model says, too
                 places = {**places, **plan(model, (path,), state)}
         bound.places.update(places)
         keys = method.keys.keys()

@@ -24,13 +24,13 @@ from funcadapt.adapter import Adapter, TensorTree
 from funcadapt.binding import TOKEN_INDICES, TOKENS
 from funcadapt.config import AdapterConfig, config_from_dict
 from funcadapt.errors import AdapterError, AdapterFileError, SiteError, TargetError
-from funcadapt.init import token_table
+from funcadapt.init import has_rows, token_table
 from funcadapt.keys import buffer_keys, decode, encode
 from funcadapt.method import Draw, Method, method_of
 from funcadapt.sharing import SHARED, Tree, complete, shared_of
 from funcadapt.sites import Site
-from funcadapt.targeting import names_match, sites, whole_names
-from funcadapt.tying import untied_trees
+from funcadapt.targeting import sites, whole_names
+from funcadapt.tying import tie, untied_trees
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FORMAT_OF = "0.21.2"  # the PEFT release whose format this is
@@ -195,7 +195,9 @@ def load(
         shared = shared_of(method, params, buffers)
         lacking = [name for name in method.shared if name not in shared and "*" not in name]
         if lacking and method.complete(config) and any(name in method.keys for p in params.values() for name in p):
-            raise AdapterFileError(f"{folder / WEIGHTS} lacks {lacking[0]!r}, which all sites share.")
+            raise AdapterFileError(
+                f"{folder / WEIGHTS} lacks {lacking[0]!r}, which all sites share.{not_saved(config)}"
+            )
         if shared:
             method.check(config, SHARED, shared)
         for path in (*params, *(path for path in buffers if path not in params)) if method.constants else params:
@@ -245,11 +247,19 @@ def _complete(method: Method, config: AdapterConfig, trees: tuple[Tree, Tree], m
 
     def draw_of(site: Site) -> Draw:
         own = (leaf for tree in trees for leaf in tree.get(site.path, {}).values() if leaf.is_floating_point())
-        return Draw(None, next(own, like).dtype, like.device)
+        # what is drawn is in the file: torch's own generator stays as it is
+        return Draw(torch.Generator("cpu"), next(own, like).dtype, like.device)
 
     missing = complete(model, method, config, table, trees, draw_of, from_file=True)
     if missing:
-        raise SiteError(f"The file lacks {missing[0]!r}, which all sites share.")
+        raise SiteError(f"The file lacks {missing[0]!r}, which sites share.{not_saved(config)}")
+
+
+def not_saved(config: Any) -> str:
+    """What to do where a checkpoint lacks what its config says that it holds."""
+    if not getattr(config, "save_projection", False):
+        return ""
+    return " If it was saved with save_projection=False, set that in its config: then it is computed again."
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -353,21 +363,22 @@ def _token_indices(config: Any, params: dict[str, dict[str, Tensor]], buffers: d
     paths = [path for path, leaves in params.items() if TOKENS in leaves]
     if bool(paths) != bool(wanted):
         raise SiteError("trainable_token_indices of the config and trainable_tokens_delta in the file go together.")
+    listed: dict[str, Any] = {}
     for path in paths:
         by_name: Any = wanted.items() if hasattr(wanted, "items") else [(path, wanted)]
-        rows: Any = next((v for k, v in by_name if names_match((k,), path)), None)
-        if rows is None and any(
-            torch.equal(params[path][TOKENS], params[other][TOKENS])
-            for other in paths
-            if other != path and other in params
-        ):
-            del params[path]  # a head that is tied to an embedding: PEFT's `TrainableTokensConfig` saves its rows twice
+        rows: Any = next((v for k, v in by_name if has_rows(config, k, path)), None)
+        if rows is not None and len(rows) == params[path][TOKENS].shape[0]:
+            listed[path] = rows
+            buffers.setdefault(path, {})[TOKEN_INDICES] = torch.tensor(list(rows), dtype=torch.long)
+    for path in paths:
+        if path in listed:
             continue
-        if rows is None or len(rows) != params[path][TOKENS].shape[0]:
-            raise SiteError(
-                f"{path!r} has {params[path][TOKENS].shape[0]} trained rows, which the config does not list."
-            )
-        buffers.setdefault(path, {})[TOKEN_INDICES] = torch.tensor(list(rows), dtype=torch.long)
+        own = params[path][TOKENS]
+        first = next((other for other in listed if torch.equal(own, params[other][TOKENS])), None)
+        if first is None:
+            raise SiteError(f"{path!r} has {own.shape[0]} trained rows, which the config does not list.")
+        del params[path]  # a head that is tied to an embedding: PEFT's `TrainableTokensConfig` saves its rows twice
+        buffers.setdefault(path, {})[tie(TOKENS, first)] = torch.zeros((), dtype=torch.long)
 
 
 def _check_against(model: nn.Module, adapter: Adapter, folder: Path) -> None:

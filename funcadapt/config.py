@@ -30,6 +30,8 @@ _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "
 _REGEX_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules")
 
 _configs: dict[str, type[AdapterConfig]] = {}
+# Adapters with parts around the model: their modules register their configs when they are imported.
+_ELSEWHERE = {"XLORA": "funcadapt.xlora", "SHADOW": "funcadapt.shadow"}
 
 _V = TypeVar("_V")
 
@@ -271,6 +273,8 @@ def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
     peft_type = values.get("peft_type")
     cls = _configs.get(peft_type) if isinstance(peft_type, str) else None
     if cls is None:
+        if module := _ELSEWHERE.get(str(peft_type)):
+            raise AdapterFileError(f"{peft_type} is no single adapter but a value of its own: use {module}.load.")
         what = "No 'peft_type' in the config" if peft_type is None else f"Unknown peft_type {peft_type!r}"
         raise AdapterFileError(f"{what}.{did_you_mean(str(peft_type), _configs)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}

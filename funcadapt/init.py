@@ -18,8 +18,9 @@ from funcadapt.errors import AdapterError, SiteError, TargetError, did_you_mean
 from funcadapt.layer import Given, Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, method_of
 from funcadapt.sharing import SHARED, complete, stacked
-from funcadapt.sites import Site, one_expert
-from funcadapt.targeting import is_saved, model_type, names_match, sites, whole_names
+from funcadapt.sites import Site, one_expert, tied_names
+from funcadapt.targeting import is_saved, model_type, names_match, pattern_note, sites, whole_names
+from funcadapt.tying import tie
 
 Trees = tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]
 
@@ -110,7 +111,7 @@ def init_with_base(
         True
     """
     table = sites(model, config, expect=expect)  # of the given config: a default's names may be unused
-    config = _with_name(config.for_model(model_type(model)), model)
+    config = _with_name(with_defaults(config, model), model)
     return initialise(
         model,
         config,
@@ -176,6 +177,28 @@ def initialise(
     if SHARED in params:  # first, as it acts everywhere
         params = {SHARED: params.pop(SHARED), **params}
     return Adapter(params, {path: leaves for path, leaves in buffers.items() if leaves}, config), base
+
+
+def with_defaults(config: AdapterConfig, model: nn.Module) -> Any:
+    """The config with the model's defaults filled in, as PEFT writes it to a checkpoint.
+
+    Args:
+        config: the config.
+        model: the model.
+
+    Returns:
+        A config that says what it targets.
+    """
+    filled: Any = config.for_model(model_type(model))
+    if method_of(filled).rows and filled.target_modules is None:
+        return dataclasses.replace(filled, target_modules=_embedding_name(model))
+    return filled
+
+
+def _embedding_name(model: nn.Module) -> str:
+    """The path of the input embedding; PEFT's default if the model does not say."""
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    return next((path for path, module in named_modules(model) if path and module is embedding), "embed_tokens")
 
 
 def _with_name(config: AdapterConfig, model: Any) -> AdapterConfig:
@@ -312,17 +335,15 @@ def token_table(config: Any, model: nn.Module) -> dict[str, list[int]]:
         return {}
     paths = {path: m for path, m in named_modules(model) if path}
     if not isinstance(wanted, Mapping):
-        embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-        name = next((path for path, m in paths.items() if m is embedding), "embed_tokens")
-        wanted = {name: wanted}
+        wanted = {_embedding_name(model): wanted}
     found: dict[str, list[int]] = {}
     names: Mapping[str, Sequence[int]] = wanted  # pyright: ignore[reportUnknownVariableType]
     for name, rows in names.items():
-        matches = [path for path in paths if names_match((name,), path)]
+        matches = [path for path in paths if has_rows(config, name, path)]
         if not matches:
-            raise TargetError(
-                f"trainable_token_indices names {name!r}, which matches no module.{did_you_mean(name, paths)}"
-            )
+            field = "target_modules" if method_of(config).rows else "trainable_token_indices"
+            hint = pattern_note(name, paths) or did_you_mean(name, paths)
+            raise TargetError(f"{field} names {name!r}, which matches no module.{hint}")
         for path in matches:
             size = model.get_submodule(path).weight.shape[0]  # pyright: ignore
             bad = [i for i in rows if not 0 <= i < size]  # pyright: ignore
@@ -334,6 +355,31 @@ def token_table(config: Any, model: nn.Module) -> dict[str, list[int]]:
     return found
 
 
+def has_rows(config: Any, name: str, path: str) -> bool:
+    """Whether the name or pattern under which a config lists trained rows means an embedding.
+
+    Args:
+        config: the config.
+        name: a key of its `trainable_token_indices`.
+        path: the embedding's path.
+
+    Returns:
+        Whether it does.
+    """
+    pattern = method_of(config).rows and isinstance(config.target_modules, str)
+    return names_match(name if pattern else (name,), path)
+
+
+def _heads(model: nn.Module, path: str) -> list[str]:
+    """The paths of the layers tied to an embedding, where PEFT's `TrainableTokensConfig` ties them, too."""
+    config: Any = getattr(model, "config", None)
+    said = config.get("tie_word_embeddings") if isinstance(config, dict) else getattr(config, "tie_word_embeddings", 0)  # pyright: ignore
+    if not said or path != _embedding_name(model):
+        return []
+    names = tied_names(model).get(f"{path}.weight", ())
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+
+
 def _token_rows(model: nn.Module, config: Any, trees: Trees, device: torch.device | str | None) -> None:
     params, buffers = trees
     for path, rows in token_table(config, model).items():
@@ -342,4 +388,7 @@ def _token_rows(model: nn.Module, config: Any, trees: Trees, device: torch.devic
         weight: Any = model.get_submodule(path).weight
         index = torch.tensor(rows, dtype=torch.long, device=weight.device)
         params.setdefault(path, {})[TOKENS] = _copy(weight.detach()[index], device)
-        buffers.setdefault(path, {})[TOKEN_INDICES] = index.to(device) if device is not None else index
+        index = index.to(device) if device is not None else index
+        buffers.setdefault(path, {})[TOKEN_INDICES] = index
+        for head in _heads(model, path) if method_of(config).rows else ():
+            buffers.setdefault(head, {})[tie(TOKENS, path)] = index.new_zeros(())

@@ -44,6 +44,23 @@ def shared_of(method: Method, params: Mapping[str, Leaf], buffers: Mapping[str, 
     return {name: leaf for name, leaf in both.items() if name in method.shared or name in inputs}
 
 
+def in_files(method: Method, config: AdapterConfig, name: str) -> bool:
+    """Whether the checkpoints of a config hold a frozen leaf that sites share.
+
+    Args:
+        method: the method.
+        config: the config.
+        name: the leaf's name.
+
+    Returns:
+        Whether they do.
+    """
+    if name not in method.shared or not method.is_constant(name):
+        return False
+    leaf = torch.empty(0)
+    return method.stored is None or method.stored(config, SHARED, {name: leaf}).get(name, leaf) is not None
+
+
 def complete(
     model: nn.Module,
     method: Method,
@@ -66,7 +83,7 @@ def complete(
         from_file: whether the trees are those of a file, in which tied leaves are repeated.
 
     Returns:
-        The names of the trained leaves that had to be made, which a checkpoint should have had.
+        The names of the leaves that had to be made, which a checkpoint should have had.
     """
     params, buffers = trees
     layers: dict[str, Layer] = {}
@@ -83,7 +100,9 @@ def complete(
         shared = method.share(table, config, draw, lambda site: given(site)())
         for tree, leaves in ((params, shared.params), (buffers, shared.buffers)):
             there = tree.get(SHARED, {})
-            made += [name for name in leaves if name not in there and tree is params]
+            made += [
+                name for name in leaves if name not in there and (tree is params or in_files(method, config, name))
+            ]
             if leaves:
                 tree[SHARED] = {**leaves, **there}
         for path, leaves in shared.at.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -253,7 +253,16 @@ def _nothing_matched(config: AdapterConfig, targets: Any, paths: list[str], excl
         return  # only modules_to_save, trainable tokens or biases are trained
     raise TargetError(
         f"Target modules {targets!r} not found in the base model. Please check the target modules and try again."
-        f"{_layers_note(config)}{_near(targets, paths)}"
+        f"{_layers_note(config)}{pattern_note(targets, paths) or _near(targets, paths)}"
+    )
+
+
+def pattern_note(targets: Any, paths: Iterable[str]) -> str:
+    """What to write instead of a string that matched nothing, if it is a name; "" otherwise."""
+    if not isinstance(targets, str) or not any(names_match((targets,), path) for path in paths):
+        return ""
+    return (
+        f" A string is a regular expression for a module's whole path; modules of that name are a list: [{targets!r}]."
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft_tools import (
@@ -32,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import funcadapt as fa
+import funcadapt.peft as shim
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -580,13 +582,79 @@ def test_files_are_readable_by_others(saved: Path) -> None:
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in saved.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_rows_of_a_tied_head_are_there_again(name: str, named: bool, tmp_path: Path) -> None:
+    """Each file is PEFT's, byte for byte, whether a value is saved or a live model."""
+    embedding = "embed_tokens" if name == "llama_tied" else "wte"
+    fields: dict[str, Any] = {"token_indices": [1, 2], "target_modules": [embedding] if named else None}
+    peft.get_peft_model(tiny(name), peft.TrainableTokensConfig(**fields)).save_pretrained(tmp_path / "theirs")
+    shim.get_peft_model(tiny(name), shim.TrainableTokensConfig(**fields)).save_pretrained(tmp_path / "live")
+    adapter = fa.init(tiny(name), fa.TrainableTokensConfig(**fields))
+    fa.save(adapter, tmp_path / "value")
+    fa.save(fa.load(tmp_path / "theirs"), tmp_path / "read")
+    held = fa.materialize(tiny(name), adapter)
+    fa.save(fa.dematerialize(held)["default"], tmp_path / "held")
+    want = (tmp_path / "theirs" / "adapter_model.safetensors").read_bytes()
+    for folder in ("live", "value", "read", "held"):
+        assert (tmp_path / folder / "adapter_model.safetensors").read_bytes() == want, folder
+        assert config_file(tmp_path / folder)["target_modules"] == config_file(tmp_path / "theirs")["target_modules"]
+    for folder in ("theirs", "value"):
+        assert fa.load(tmp_path / folder).buffers.keys() == adapter.buffers.keys()
+    same_adapters(fa.load(tmp_path / "value", model=tiny(name)), fa.load(tmp_path / "value"))
+
+
+def test_rows_of_a_tied_head_that_differ_are_refused(tmp_path: Path) -> None:
+    model, config = tiny("llama_tied"), shim.TrainableTokensConfig(token_indices=[1, 2])
+    live = shim.get_peft_model(model, config)
+    live.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    shim.set_peft_model_state_dict(live, tensors)
+    key = "base_model.model.lm_head.trainable_tokens_delta"
+    with pytest.raises(RuntimeError, match=r"other trained rows for 'base_model.model.lm_head'"):
+        shim.set_peft_model_state_dict(live, {**tensors, key: tensors[key] + 1})
+    without = {k: v + 1 for k, v in tensors.items() if k != key}  # as funcadapt wrote it once
+    shim.set_peft_model_state_dict(live, without)
+    rows = live.base_model.model.lm_head.token_adapter.trainable_tokens_delta["default"]
+    assert torch.equal(rows, next(iter(without.values())))
+
+
+def test_a_model_without_the_head(tmp_path: Path) -> None:
+    """The rows act on the embedding alone, as nothing else is there."""
+    whole: Any = tiny("llama_tied")
+    adapter = fa.init(whole, fa.TrainableTokensConfig(token_indices=[1, 2]))
+    paths = {path.removeprefix("model."): leaves for path, leaves in adapter.params.items()}
+    buffers = {
+        path.removeprefix("model."): {name.replace("@model.", "@"): leaf for name, leaf in leaves.items()}
+        for path, leaves in adapter.buffers.items()
+    }
+    inner = adapter.replace(params=paths, buffers=buffers)
+    ids = tokens("llama_tied")
+    out = fa.functional_call(whole.model, inner, (), ids)
+    torch.testing.assert_close(out.last_hidden_state, whole.model(**ids).last_hidden_state)
+
+
 def test_a_file_that_repeats_the_rows_of_two_tied_heads(tmp_path: Path) -> None:
     """A file of PEFT holds the rows of what is tied to the embedding again, as often as it is tied."""
     model = tiny("llama_tied")
     adapter = fa.init(model, fa.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2]))
     fa.save(adapter, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    ((key, rows),) = tensors.items()
-    again = {key.replace("model.embed_tokens", name): rows.clone() for name in ("a_head", "lm_head")}
-    save_file({**tensors, **again}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
-    same_adapters(fa.load(tmp_path), adapter)
+    rows = tensors["base_model.model.model.embed_tokens.trainable_tokens_delta"]
+    again = {**tensors, "base_model.model.a_head.trainable_tokens_delta": rows.clone()}
+    save_file(again, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    loaded = fa.load(tmp_path)
+    assert loaded.params.keys() == adapter.params.keys()
+    assert loaded.buffers.keys() == {*adapter.buffers, "a_head"}
+    fa.save(loaded, tmp_path)
+    same_tensors(load_file(tmp_path / "adapter_model.safetensors"), again)
+
+
+@pytest.mark.parametrize(("peft_type", "module"), [("XLORA", "xlora"), ("SHADOW", "shadow")])
+def test_a_value_of_its_own_is_read_elsewhere(peft_type: str, module: str, tmp_path: Path) -> None:
+    own = {"hidden_size": 8, "adapters": {"0": "x"}} if peft_type == "XLORA" else {}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type, **own}))
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(fa.AdapterError, match=rf"funcadapt\.{module}"):  # also once the module was imported
+        fa.load(tmp_path)

@@ -281,6 +281,8 @@ STRICT: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"target_modules": ["down_proj"], "modules_to_save": ["proj"]}, r"trained twice"),
     ("mixtral", {"target_parameters": ["gate_up_prj", "down_proj"]}, r"'gate_up_prj'.*no parameter.*gate_up_proj"),
     ("llama_tied", {"target_modules": ["lm_head", "embed_tokens"]}, r"share one tied weight.*exclude_modules"),
+    ("llama", {"target_modules": "q_proj"}, r"regular expression for a module's whole path.*list: \['q_proj'\]"),
+    ("llama", {"target_modules": ".*q_prj"}, r"not found in the base model\. Please.*again\. Did you mean 'q_proj'"),
     ("gpt2", {"target_modules": ["wte", "lm_head"]}, r"share one tied weight"),
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"'layers_to_transform': \(9,\)"),
 ]

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from funcadapt._torch import named_modules
+from funcadapt.method import method_of
 from funcadapt.sites import tied_names
 from funcadapt.targeting import names_match
-from funcadapt.view.walking import layers, unwrapped
+from funcadapt.view.walking import auxiliaries, layers, unwrapped
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 _DUMMY = "dummy-target-modules"
@@ -41,7 +42,8 @@ def advise(model: nn.Module, config: Any, name: str) -> None:
                 "exclude_modules was set correctly.",
                 UserWarning,
             )
-    if targets != _DUMMY and targets and not modules:
+    own = any(wrapper.kept_as and name in wrapper.available_adapters for _, wrapper in auxiliaries(model))
+    if targets != _DUMMY and targets and not modules and not own:
         shown = targets if isinstance(targets, str) else set(targets)
         _warn(f"target_modules={shown} were set but no module was matched.")
     elif targets != _DUMMY and parameters and len(modules) == len(found):
@@ -52,7 +54,8 @@ def advise(model: nn.Module, config: Any, name: str) -> None:
         unused = sorted(key for key, pattern in keys if not any(pattern.match(path) for path in modules))
         if unused:
             _warn(f"The following {attribute} keys did not match any targeted module and were ignored: {unused}.")
-    _advise_of_ties(model, config)
+    if not method_of(config).rows:  # those are tied, too
+        _advise_of_ties(model, config)
 
 
 def _advise_of_ties(model: nn.Module, config: Any) -> None:

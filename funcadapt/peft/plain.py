@@ -18,7 +18,7 @@ from funcadapt.peft.undoing import as_they_are, undone_on_failure
 from funcadapt.peft.utils.save_and_load import config_of, get_peft_model_state_dict, set_peft_model_state_dict
 from funcadapt.peft.utils.weights import load_peft_weights, write_adapter
 from funcadapt.view import adapter_of, materialize, merging, state
-from funcadapt.view.entries import own_leaves
+from funcadapt.view.entries import Entries
 from funcadapt.view.walking import layers, root_of, unwrapped, view_state
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -111,7 +111,9 @@ def from_pretrained(
         inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage)
         own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).keys()
         result = set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        held = {key for entry in own_leaves(model, adapter_name) for _, key in entry.keys.values()}
+        entries = Entries(model, adapter_name)
+        every = [*(entry.keys for entry in entries.own), entries.shared]
+        held = {key for keys in every for _, key in keys.values()}
         missing = [key for key in result.missing_keys if key in held or key in own]
         # with bias="all" PEFT saves some biases under names that it cannot read
         unknown = [key for key in result.unexpected_keys if key not in own and key.removeprefix(PREFIX) not in own]

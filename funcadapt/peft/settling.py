@@ -37,6 +37,10 @@ def settle(model: nn.Module, config: PeftConfig, name: str, resolved: Any) -> No
         with unwrapped(model):
             found = targeting._all_linear(model, resolved, {p: m for p, m in named_modules(model) if p})
         fields.target_modules = targets = set(found)
+        inner: Any = getattr(config, "feedforward_modules", None)
+        if inner is not None and not isinstance(inner, str):
+            # PEFT leaves the names, which are none of the targets then: it cannot read its own file
+            fields.feedforward_modules = {path for path in found if path.endswith(tuple(inner))}
     if isinstance(targets, set | list) and len(targets) >= _MANY and config.peft_type != "IA3":  # pyright: ignore
         with unwrapped(model):
             paths = [path for path, _ in named_modules(model)]
@@ -109,16 +113,14 @@ def _endings(path: str) -> list[str]:
 def _settle_layout(model: nn.Module, config: Any, name: str) -> None:
     """`fan_in_fan_out` says what the last adapted layer is. Here the layer's type decides, but the file should tell."""
     for _, layer in layers(model):
-        kind = layer.site.kind
-        if (
-            name in layer.adapters
-            and kind in ("linear", "hf_conv1d")
-            and config.fan_in_fan_out != (kind == "hf_conv1d")
-        ):
-            config.fan_in_fan_out = kind == "hf_conv1d"
-            type_name = "`Conv1D`" if config.fan_in_fan_out else "`torch.nn.Linear`"
+        kind, said = layer.site.kind, config.fan_in_fan_out
+        if name in layer.adapters and kind in ("linear", "hf_conv1d") and said != (kind == "hf_conv1d"):
+            type_name = "`torch.nn.Linear`" if said else "`Conv1D`"
             warnings.warn(
-                f"fan_in_fan_out is set to {not config.fan_in_fan_out} but the target module is {type_name}. Setting "
-                f"fan_in_fan_out to {config.fan_in_fan_out}.",
+                f"fan_in_fan_out is set to {said} but the target module is {type_name}. Setting "
+                f"fan_in_fan_out to {not said}.",
                 stacklevel=5,
             )
+            if config.peft_type == "HIRA":  # PEFT only says so
+                return
+            config.fan_in_fan_out = not said

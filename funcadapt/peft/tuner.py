@@ -21,7 +21,7 @@ from funcadapt.peft.utils.transformers_weight_conversion import convert_peft_con
 from funcadapt.peft.weighting import add_weighted_adapter
 from funcadapt.view import state
 from funcadapt.view.classes import family, view_named
-from funcadapt.view.holding import shared_containers
+from funcadapt.view.holding import held_by, shared_containers
 from funcadapt.view.inject import inject
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.walking import auxiliaries, layers, view_state
@@ -205,7 +205,7 @@ class BaseTuner(MergingMixin, nn.Module):
         for _, layer in layers(self.model):
             if isinstance(layer, self.tuner_layer_cls):
                 layer._active_adapter = list(self.active_adapters)  # a new layer, too, that the active ones are not at
-                self._modules.update({name: layer._modules[name] for name in shared_containers(layer.view)})
+                self._modules.update({name: held_by(layer, name) for name in shared_containers(layer.view)})
             if adapter_name in layer.adapters:
                 if layer._read_by_parent:  # the out-projection of an attention, which is one target
                     continue

@@ -4,6 +4,8 @@ PEFT's `modules_to_save` and `trainable_token_indices`, with its module layout a
 
     ModulesToSaveWrapper:   original_module, modules_to_save.<adapter>
     TrainableTokensWrapper: token_adapter.base_layer, token_adapter.trainable_tokens_delta.<adapter>
+
+What methods that train nothing else are held in is in `view.own`.
 """
 
 from __future__ import annotations
@@ -72,13 +74,16 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def _get_available_adapters(self) -> set[str]:
         return set(self.modules_to_save.keys())
 
+    def copy_of(self, name: str) -> nn.Module:
+        """An adapter's copy of the module."""
+        return self.modules_to_save[name]
+
     def _run(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        module = self.modules_to_save[names[0]] if names else self.original_module
-        return module(*args, **kwargs)
+        return (self.copy_of(names[0]) if names else self.original_module)(*args, **kwargs)
 
     def _attribute(self, name: str) -> Any:
         active = self._acting()
-        return getattr(self.modules_to_save[active[0]] if active else self.original_module, name)
+        return getattr(self.copy_of(active[0]) if active else self.original_module, name)
 
     def update(
         self,
@@ -110,7 +115,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             self._require_grad(adapter_name, True)
 
     def _require_grad(self, name: str, requires_grad: bool) -> None:
-        for parameter in self.modules_to_save[name].parameters():
+        for parameter in self.copy_of(name).parameters():
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(requires_grad)
 
@@ -188,7 +193,61 @@ def _set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
         raise ValueError(f"modules_to_save: {type(module).__name__} has no parameter or buffer {name!r}.")
 
 
-class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+class TokensHolder(AuxiliaryTrainingWrapper):
+    """What has trained rows: a wrapper of the layer that holds them, or that layer itself.
+
+    Attributes:
+        token_adapter: the layer.
+    """
+
+    token_adapter: TrainableTokensLayer
+
+    @property
+    def is_tied(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the rows are those of another layer."""
+        return self.token_adapter.tied_adapter is not None
+
+    @property
+    def original_module(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The module that is wrapped. Not a submodule: its place is in the token adapter."""
+        return self.token_adapter.base_layer
+
+    def rows_key(self, adapter_name: str) -> str:
+        """The key of an adapter's rows in the state dict of this module."""
+        return f"token_adapter.{TOKENS}.{adapter_name}"
+
+    def _field(self) -> str:
+        return "trainable_token_indices"
+
+    def _run(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter.forward_adapters(args[0], names, *args[1:], **kwargs)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """The rows; a tied head writes them only as a method's own adapter, as in PEFT."""
+        held = self.token_adapter.trainable_tokens_delta
+        if (self.is_tied and not self.kept_as) or adapter_name not in held:
+            return {}
+        return {self.kept_as or f"token_adapter.{TOKENS}": self.rows_key(adapter_name)}
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The embedding, with the rows in it or without.
+
+        Args:
+            merge: whether the rows are written into it.
+            safe_merge: whether to check that they are finite.
+            adapter_names: of which adapters; by default of the active ones.
+
+        Returns:
+            The embedding.
+        """
+        if merge:
+            self.token_adapter.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.token_adapter.get_base_layer()
+
+
+class TrainableTokensWrapper(TokensHolder):
     """An embedding of which some rows are trained, or a head that is tied to one.
 
     Args:
@@ -217,7 +276,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         "token_adapter.trainable_tokens_original",
     )
     _several: ClassVar[bool] = True  # of disjoint rows
-    token_adapter: TrainableTokensLayer
 
     def __init__(
         self,
@@ -237,19 +295,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.token_adapter = TrainableTokensLayer(module, adapter_name, **kwargs)
         self._adapters.add(adapter_name)
 
-    @property
-    def original_module(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The module that is wrapped. Not a submodule: its place is in the token adapter."""
-        return self.token_adapter.base_layer
-
-    def _field(self) -> str:
-        return "trainable_token_indices"
-
     def _get_available_adapters(self) -> set[str]:
         return self.token_adapter._get_available_adapters()
-
-    def _run(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter.forward_adapters(args[0], names, *args[1:], **kwargs)
 
     def _attribute(self, name: str) -> Any:
         active = self._acting()
@@ -294,27 +341,3 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train, or freeze, the rows of some adapters."""
         self.token_adapter.set_requires_grad(adapter_names, requires_grad)
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """The rows; a tied head writes nothing, the embedding does."""
-        held = self.token_adapter.trainable_tokens_delta
-        if self.token_adapter.tied_adapter is not None or adapter_name not in held:
-            return {}
-        return {self.kept_as or f"token_adapter.{TOKENS}": f"token_adapter.{TOKENS}.{adapter_name}"}
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The embedding, with the rows in it or without.
-
-        Args:
-            merge: whether the rows are written into it.
-            safe_merge: whether to check that they are finite.
-            adapter_names: of which adapters; by default of the active ones.
-
-        Returns:
-            The embedding.
-        """
-        if merge:
-            self.token_adapter.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.token_adapter.get_base_layer()

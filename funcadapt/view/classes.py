@@ -9,7 +9,9 @@ from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import Method, View, methods
 from funcadapt.view.holding import DERIVED, is_derived, standard_containers, view_of
 from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.own import OwnModule, OwnTokens
 from funcadapt.view.through import AttentionLayer, ParameterLayer
+from funcadapt.view.tokens import TrainableTokensLayer
 
 _NAMES = {
     "linear": "Linear",
@@ -52,7 +54,7 @@ def view_named(package: str) -> View:
     raise AdapterError(f"No method has the package {package!r}.{did_you_mean(package, packages())}")
 
 
-def family(package: str) -> type[AdapterLayer]:
+def family(package: str) -> type[Any]:
     """The class that all layers of a package derive from, e.g. `LoraLayer` for "lora".
 
     Args:
@@ -66,7 +68,34 @@ def family(package: str) -> type[AdapterLayer]:
         >>> family("lora").__name__
         'LoraLayer'
     """
-    return _family(view_named(package))
+    view = view_named(package)
+    own = next((m for m in methods() if view_of(m) is view and (m.whole or m.rows)), None)
+    if own is None:
+        return _family(view)
+    return own_class(own) if own.whole else TrainableTokensLayer
+
+
+@functools.cache
+def own_class(method: Method) -> type[Any]:
+    """The class of what holds the adapters of a method without layers.
+
+    Args:
+        method: the method.
+
+    Returns:
+        The class, `peft.tuners.ln_tuning.LNTuningLayer` for LN tuning.
+
+    Example:
+        >>> import funcadapt as fa
+        >>> own_class(fa.method_of(fa.LNTuningConfig())).__name__
+        'LNTuningLayer'
+    """
+    if method.rows:
+        return OwnTokens
+    view = view_of(method)
+    doc = f"A module that is trained in full, with the copies of {view.name}, see OwnModule."
+    names = {"adapter_layer_names": (method.whole,), "kept_as": method.whole}
+    return _class(f"{view.name}Layer", (OwnModule,), view, doc, **names)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.keys import PREFIX, ROOT
 from funcadapt.method import Leaf
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
-from funcadapt.view.holding import Address
+from funcadapt.view.holding import Address, ByPart, held_by, is_saved, take
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.walking import view_state
 
@@ -59,9 +59,13 @@ class Entries:
         wrappers: every auxiliary wrapper likewise.
         own: what the adapter has at each layer. Layers in auxiliary wrappers are theirs.
         shared: what its layers share: leaf -> (key in a checkpoint, key in the state dict).
+        unsaved: keys that the state dict would have, but has not -> where those leaves are.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
+        self.name = name
+        self.unsaved: dict[str, tuple[AdapterLayer, Address]] = {}
+        self._of_tuner: dict[int, str] = {}
         self.layers: list[tuple[str, AdapterLayer]] = []
         self.wrappers: list[tuple[str, AuxiliaryTrainingWrapper]] = []
         for live, module in named_modules(model):
@@ -69,6 +73,8 @@ class Entries:
                 self.layers.append((state_path(live), module))
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 self.wrappers.append((state_path(live), module))
+            elif isinstance(module, ByPart):
+                self._of_tuner[id(module)] = state_path(live)
         within = tuple(f"{path}." for path, _ in self.wrappers)
         self.own: list[Own] = []
         self.shared: dict[str, tuple[str, str]] = {}
@@ -76,14 +82,38 @@ class Entries:
             if name in layer.adapters and not path.startswith(within):
                 held = layer.adapters[name]
                 method, every = held.method, layer.addresses_of(name, held)
-                keys = {a.leaf: (method.keys[a.leaf], _held_key(path, a, name)) for a in every if a.leaf in method.keys}
-                in_common = [a for a in every if a.leaf in method.shared]
-                shared = {a.leaf: (method.shared[a.leaf], _held_key(path, a, name)) for a in in_common}
+                own = [a for a in every if a.leaf in method.keys]
+                in_common = [a for a in every if a.leaf in method.shared and (method.repeated or not self.shared)]
+                keys = {a.leaf: (method.keys[a.leaf], self._key(path, layer, a)) for a in own}
+                shared = {a.leaf: (method.shared[a.leaf], self._key(path, layer, a)) for a in in_common}
                 keys |= shared if method.repeated else {}
                 self.own.append(Own(layer, path, {k: (join(path, saved), at) for k, (saved, at) in keys.items()}))
                 if shared and not self.shared:
                     root = ROOT if path.startswith(PREFIX) else ""
                     self.shared = {leaf: (root + saved, at) for leaf, (saved, at) in shared.items()}
+
+    def _key(self, path: str, layer: AdapterLayer, address: Address) -> str:
+        """The key of a leaf in the state dict, or the one that it would have there."""
+        held = held_by(layer, address.container)
+        key = join(path, address.container, self.name, address.rest)
+        saved = is_saved(layer, address, self.name)
+        if isinstance(held, ByPart) and id(held) in self._of_tuner:
+            key = join(self._of_tuner[id(held)], address.rest, self.name)
+            saved = self.name not in held[address.rest]._non_persistent_buffers_set
+        if not saved:
+            self.unsaved[key] = layer, address
+        return key
+
+    def live(self, key: str) -> Tensor:
+        """The tensor of a key that the state dict lacks."""
+        layer, address = self.unsaved[key]
+        found = take(held_by(layer, address.container), self.name, address.rest)
+        assert found is not None
+        return found
+
+    def with_unsaved(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict of the model with the leaves that it lacks."""
+        return {**{key: self.live(key) for key in self.unsaved}, **state_dict}
 
     def layer_places(self) -> Iterator[tuple[str, str]]:
         """Every place where a layer holds something of an adapter: (prefix of its keys, the adapter's name)."""
@@ -93,10 +123,6 @@ class Entries:
         """Every place where the model holds something of an adapter, auxiliary wrappers included."""
         yield from self.layer_places()
         yield from _places((path, wrapper, wrapper.available_adapters) for path, wrapper in self.wrappers)
-
-
-def _held_key(path: str, address: Address, name: str) -> str:
-    return join(path, address.container, name, address.rest)
 
 
 def _places(found: Iterable[tuple[str, Any, Iterable[str]]]) -> Iterator[tuple[str, str]]:

@@ -97,6 +97,45 @@ def shared_containers(view: View) -> tuple[str, ...]:
     return tuple({a.container: None for method in own for a in addresses(method) if a.leaf in method.shared})
 
 
+def is_hidden(view: View, container: str) -> bool:
+    """Whether a dict of a layer is out of the model's lists of names: no submodule, but it moves with the layer."""
+    return container == DERIVED or container in view.hidden
+
+
+def held_by(layer: nn.Module, container: str) -> Any:
+    """A dict of a layer, a hidden one too; None if the layer has none of that name."""
+    found = layer._modules.get(container)
+    return layer.__dict__.get(container) if found is None else found
+
+
+class ByPart(nn.ModuleDict):
+    """A dict of dicts in which the adapter's name comes last: `frod_V.<part>.<adapter>`."""
+
+    def put(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Hold the buffers of one adapter.
+
+        Args:
+            name: the adapter's name.
+            parts: part -> tensor.
+        """
+        for part, value in parts.items():
+            if part not in self:
+                self[part] = BufferDict(persistent=True)
+            self._modules[part][name] = value  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+
+    def parts_of(self, name: str) -> list[str]:
+        """The parts that an adapter has."""
+        return [part for part, held in self._modules.items() if name in held._buffers]  # pyright: ignore
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter, and the parts that no other one has."""
+        for part in self.parts_of(name):
+            held: Any = self._modules[part]
+            del held[name]
+            if not held:
+                del self[part]
+
+
 def new_containers(view: View) -> dict[str, nn.Module]:
     """The empty dicts of a new layer, by name."""
     made = {name: _container(view, name) for name in standard_containers(view)}
@@ -111,17 +150,19 @@ def _container(view: View, name: str) -> nn.Module:
     leaf, _, rest = next(a for a in family_addresses(view) if a.container == name)
     kinds = {method.is_constant(leaf) for method in own if leaf in method.keys or leaf in method.shared}
     if rest:
-        return nn.ModuleDict()
+        return ByPart() if name in view.hidden else nn.ModuleDict()
     return BufferDict(persistent=True) if leaf in view.buffers or kinds == {True} else nn.ParameterDict()
 
 
 def _container_in(layer: Any, view: View, name: str) -> Any:
     """A dict of a layer, which is made if the layer has none."""
-    if name not in layer._modules:
-        layer._modules[name] = nn.ModuleDict() if name == DERIVED else _container(view, name)
+    held = held_by(layer, name)
+    if held is None:
+        held = nn.ModuleDict() if name == DERIVED else _container(view, name)
+        (layer.__dict__ if is_hidden(view, name) else layer._modules)[name] = held
         attribute = "other_param_names" if name == DERIVED else "adapter_layer_names"
         setattr(layer, attribute, (*getattr(layer, attribute), name))
-    return layer._modules[name]
+    return held
 
 
 class Entry(nn.Module):
@@ -229,29 +270,75 @@ def put(layer: nn.Module, method: Method, site: Site, base: nn.Module, name: str
         value = value.reshape(1) if frozen and not value.ndim else value  # PEFT has no 0-d ones
         held[name] = value if constant else nn.Parameter(value, requires_grad=not frozen)
     for container, parts in grouped.items():
-        held = layer._modules[container]
+        held = held_by(layer, container)
+        if isinstance(held, ByPart):
+            held.put(name, parts)
+            continue
         held._modules[name] = entry_of(view, site, base, container, parts, frozen_parts.get(container, frozenset()))
     if derived._buffers:
         _container_in(layer, view, DERIVED)._modules[name] = derived
 
 
-def unsaved(layer: nn.Module, method: Method, config: Any, name: str, leaves: Mapping[str, Tensor]) -> None:
-    """Keep what layers share out of state dicts where the config keeps it out of checkpoints, as in PEFT.
+def unsaved(layer: Any, method: Method, config: Any, path: str, name: str, leaves: Mapping[str, Tensor]) -> None:
+    """Keep frozen leaves out of state dicts that the config keeps out of checkpoints, as in PEFT.
 
     Args:
         layer: the layer, which holds the leaves.
         method: the adapter's method.
         config: its config.
-        name: its name.
+        path: the site's path.
+        name: the adapter's name.
         leaves: its leaves.
     """
-    shared = {leaf: value for leaf, value in leaves.items() if leaf in method.shared}
-    if not shared or method.stored is None:
-        return
-    for leaf, value in method.stored(config, "", shared).items():
+    view = view_of(method)
+    for leaf, value in leaves.items():
+        if not (leaf in view.buffers or method.is_constant(leaf)):
+            continue
         address = address_of(method, leaf)
-        if value is None and address is not None and not address.rest:
-            layer._modules[address.container]._non_persistent_buffers_set.add(name)  # pyright: ignore
+        if address is None or not is_left_out(method, config, path, leaf, value):
+            continue
+        held = held_by(layer, address.container)
+        if isinstance(held, ByPart):
+            held = held[address.rest]
+        if name in held._buffers:
+            held._non_persistent_buffers_set.add(name)
+
+
+def is_left_out(method: Method, config: Any, path: str, leaf: str, value: Tensor) -> bool:
+    """Whether the checkpoints of a config lack a leaf.
+
+    Args:
+        method: the method.
+        config: the config.
+        path: the site's path.
+        leaf: the leaf's name.
+        value: its value.
+
+    Returns:
+        Whether they do.
+    """
+    if leaf not in method.keys and leaf not in method.shared:
+        return True
+    if method.stored is None:
+        return False
+    return method.stored(config, "" if leaf in method.shared else path, {leaf: value}).get(leaf, value) is None
+
+
+def is_saved(layer: nn.Module, address: Address, name: str) -> bool:
+    """Whether a leaf is in the state dict of its layer.
+
+    Args:
+        layer: the layer.
+        address: where the leaf is.
+        name: the adapter's name.
+
+    Returns:
+        Whether it is. What a tuner holds for its layers is not.
+    """
+    held = layer._modules.get(address.container)
+    if held is None:
+        return False
+    return bool(address.rest) or name not in held._non_persistent_buffers_set
 
 
 def address_of(method: Method, leaf: str) -> Address | None:
@@ -265,11 +352,11 @@ def address_of(method: Method, leaf: str) -> Address | None:
     return None
 
 
-def present(modules: Mapping[str, Any], known: tuple[Address, ...], name: str) -> tuple[Address, ...]:
+def present(layer: nn.Module, known: tuple[Address, ...], name: str) -> tuple[Address, ...]:
     """Where an adapter has leaves in a layer.
 
     Args:
-        modules: the layer's dicts.
+        layer: the layer.
         known: where its method can have some.
         name: the adapter's name.
 
@@ -279,13 +366,17 @@ def present(modules: Mapping[str, Any], known: tuple[Address, ...], name: str) -
     found: list[Address] = []
     for address in known:
         stem, star, after = address.rest.partition("*")
-        if address.container not in modules:
+        held = held_by(layer, address.container)
+        if held is None:
             continue
         if not star:
-            if take(modules[address.container], name, address.rest) is not None:
+            if take(held, name, address.rest) is not None:
                 found.append(address)
             continue
-        entry = modules[address.container]._modules.get(name)
+        if isinstance(held, ByPart):
+            found += [Address(address.leaf.replace("*", n), address.container, n) for n in held.parts_of(name)]
+            continue
+        entry = held._modules.get(name)
         for part in stem.split(".")[:-1]:
             entry = None if entry is None else entry._modules.get(part)
         if entry is not None:
@@ -293,7 +384,8 @@ def present(modules: Mapping[str, Any], known: tuple[Address, ...], name: str) -
             found += [
                 Address(address.leaf.replace("*", n), address.container, address.rest.replace("*", n)) for n in numbers
             ]
-    kept = modules[DERIVED]._modules.get(name) if DERIVED in modules else None
+    derived = held_by(layer, DERIVED)
+    kept = None if derived is None else derived._modules.get(name)
     return (*found, *(Address(leaf, DERIVED, leaf) for leaf in (kept._buffers if kept is not None else ())))
 
 
@@ -302,6 +394,9 @@ def take(container: nn.Module, name: str, rest: str) -> Tensor | None:
     if not rest:
         found = container._parameters.get(name)
         return container._buffers.get(name) if found is None else found
+    if isinstance(container, ByPart):
+        part = container._modules.get(rest)
+        return None if part is None else part._buffers.get(name)
     entry = container._modules.get(name)
     *path, last = rest.split(".") if "." in rest else (rest,)
     for part in path:
@@ -315,7 +410,10 @@ def take(container: nn.Module, name: str, rest: str) -> Tensor | None:
 
 def set_buffer(container: nn.Module, name: str, rest: str, value: Tensor) -> None:
     """Put another tensor in the place of a buffer at an address."""
-    owner, last = (_owner(container._modules[name], rest)) if rest else (container, name)  # pyright: ignore
+    if isinstance(container, ByPart):
+        owner, last = container[rest], name
+    else:
+        owner, last = _owner(container._modules[name], rest) if rest else (container, name)  # pyright: ignore
     owner._buffers[last] = value
 
 

@@ -14,11 +14,11 @@ from funcadapt.adapter import Adapter
 from funcadapt.binding import bind, check_shapes, state_of
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, TargetError, did_you_mean
-from funcadapt.init import initialise
+from funcadapt.init import initialise, with_defaults
 from funcadapt.method import Draw, method_of
 from funcadapt.sharing import SHARED
 from funcadapt.sites import Site
-from funcadapt.targeting import model_type, sites
+from funcadapt.targeting import sites
 from funcadapt.view.holding import view_of
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.placing import Bare, Placing, Transaction
@@ -85,7 +85,7 @@ def inject(
             table, config = _sites_of_keys(model, config, state_dict)
         else:
             table = sites(model, config, strict=False)
-            config = config.for_model(model_type(model))
+            config = with_defaults(config, model)
         adapter, base = fresh(model, config, table, torch.device("meta") if low_cpu_mem_usage else None)
         own = dict(model.named_parameters(remove_duplicate=False))
     with Transaction() as change:

@@ -6,8 +6,8 @@ methods, with the tensors that its dicts hold at that moment.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,17 @@ from funcadapt.compose import Level, dense_levels, nest
 from funcadapt.config import AdapterConfig
 from funcadapt.layer import Dense, Layer
 from funcadapt.sites import Site
-from funcadapt.view.holding import dropout_module, new_containers, put, scalar, take, unsaved
+from funcadapt.view.holding import (
+    DERIVED,
+    dropout_module,
+    is_hidden,
+    new_containers,
+    put,
+    scalar,
+    set_buffer,
+    take,
+    unsaved,
+)
 from funcadapt.view.switches import Held, Kept, Switches
 
 
@@ -69,7 +79,8 @@ class AdapterLayer(Switches):
             setattr(self, name, {})
         if view.dropout:
             self._modules[view.dropout] = nn.ModuleDict()
-        self._modules.update({**new_containers(view), **(shared or {})})
+        for name, held in {**new_containers(view), **(shared or {})}.items():
+            (self.__dict__ if is_hidden(view, name) else self._modules)[name] = held
         self.in_features, self.out_features = site.in_features, site.out_features
         self.fan_in_fan_out = site.kind == "hf_conv1d"
         self.kwargs: dict[str, Any] = {}
@@ -121,12 +132,12 @@ class AdapterLayer(Switches):
         """
         held = Held(config)
         put(self, held.method, self.site, self.get_base_layer(), name, leaves)
-        unsaved(self, held.method, config, name, leaves)
+        unsaved(self, held.method, config, self.site.path, name, leaves)
         self.adapters[name] = held
         self.used_by(name, held)  # now, and not while something is compiled
         view = self.view
         for attribute, field in view.attributes.items():
-            getattr(self, attribute)[name] = getattr(config, field)
+            getattr(self, attribute)[name] = getattr(config, field) if isinstance(field, str) else field(config, leaves)
         if view.derived:
             values = held.method.buffers(config)
             for leaf in view.derived:
@@ -171,12 +182,40 @@ class AdapterLayer(Switches):
         modules: Any = self._modules
         p: dict[str, Tensor] = {}
         for leaf, container, rest in self.used_by(name, held):
-            if rest:  # what `take` does, without a call: a layer runs for every token
-                value = modules[container]._modules[name]._parameters.get(rest)
-            else:
-                value = modules[container]._parameters.get(name)
-            p[leaf] = take(modules[container], name, rest) if value is None else value  # pyright: ignore
+            held_in = modules.get(container)
+            if held_in is None:
+                p[leaf] = self._hidden(container, name, rest, p)
+                continue
+            # what `take` does, without a call: a layer runs for every token
+            value = held_in._modules[name]._parameters.get(rest) if rest else held_in._parameters.get(name)
+            p[leaf] = take(held_in, name, rest) if value is None else value  # pyright: ignore
         return p
+
+    def _hidden(self, container: str, name: str, rest: str, others: Mapping[str, Tensor]) -> Tensor:
+        """A leaf of a hidden dict, where the other leaves are: FSDP moves what it finds in the lists of names."""
+        held = self.__dict__[container]
+        value = take(held, name, rest)
+        assert value is not None
+        device = next(iter(others.values()), value).device
+        if value.device != device and "meta" not in (value.device.type, device.type):
+            value = value.to(device)
+            if not is_recording():
+                set_buffer(held, name, rest, value)
+        return value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the hidden dicts with the others. Not to the meta device: no state dict would bring them back."""
+        super()._apply(fn, recurse)  # pyright: ignore
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return tensor if made.is_meta else made
+
+        for name in (DERIVED, *self.view.hidden):
+            held: Any = self.__dict__.get(name)
+            if held is not None:
+                held._apply(moved, recurse)
+        return self
 
     def _derived(self, held: Held, leaf: str, number: Any, like: Tensor) -> Tensor:
         known = held.derived.get(leaf)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from funcadapt.checkpoint import not_saved
 from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError
 from funcadapt.keys import PREFIX, ROOT
 from funcadapt.method import Draw, method_of
-from funcadapt.sharing import SHARED, complete
+from funcadapt.sharing import SHARED, complete, in_files
 from funcadapt.sites import Site, device_of
-from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper
+from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, TokensHolder
 from funcadapt.view.entries import Entries, above, config_of, join, reduced, without_name
-from funcadapt.view.holding import DERIVED, Address, set_buffer, take
+from funcadapt.view.holding import Address, held_by, is_left_out, set_buffer, take
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.values import adapter_of
-from funcadapt.view.walking import layers, root_of, unwrapped
+from funcadapt.view.walking import layers, root_of, unwrapped, view_state
 
 
 def load_adapter_state_dict(
@@ -53,8 +54,8 @@ def load_adapter_state_dict(
         RuntimeError: if a shape differs, a value is no tensor, or a key is there twice.
     """
     config = config or config_of(model, name)
-    held: dict[str, Any] = model.state_dict()
     entries = Entries(model, name)
+    held = entries.with_unsaved(model.state_dict())
     tensors = _restored(entries, name, config, tensors)
     to_model = _load_map(entries, name, held, tensors)
     prefixed = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
@@ -75,10 +76,17 @@ def load_adapter_state_dict(
     for key in mismatched:
         del values[key]
     check_tensors(model, values)
+    _check_tied(entries, name, values)
     _resize(entries, name, resized, values)
     split = {key: _split_like(held.get(key), value) for key, value in values.items()}
     stale = _is_stale(entries, name, held, split)
+    unsaved = {key: split.pop(key) for key in list(split) if key in entries.unsaved}
     result: Any = model.load_state_dict(split, strict=False, assign=low_cpu_mem_usage)
+    for key, value in unsaved.items():
+        _set_unsaved(entries, key, value, low_cpu_mem_usage)
+    result.missing_keys.extend(
+        key for key in entries.unsaved if key not in unsaved and _is_in_files(entries, key, config)
+    )
     for _, key in entries.shared.values() if entries.own else ():
         if key in split:  # all layers hold the same one
             suffix = key.removeprefix(entries.own[0].path)
@@ -90,11 +98,26 @@ def load_adapter_state_dict(
         _fill(model, name, stale)
     if low_cpu_mem_usage:
         for _, wrapper in entries.wrappers:
-            if hasattr(wrapper, "token_adapter"):
+            if isinstance(wrapper, TokensHolder):
                 wrapper.token_adapter._move_adapter_to_device_of_base_layer(name)
     if mismatched:
         warnings.warn(message, stacklevel=2)
     return result
+
+
+def _is_in_files(entries: Entries, key: str, config: AdapterConfig) -> bool:
+    """Whether a checkpoint has a leaf that state dicts lack."""
+    layer, (leaf, *_) = entries.unsaved[key]
+    return not is_left_out(layer.adapters[entries.name].method, config, layer.site.path, leaf, entries.live(key))
+
+
+def _set_unsaved(entries: Entries, key: str, value: Tensor, assign: bool) -> None:
+    """Load a leaf that state dicts lack."""
+    if assign:
+        layer, address = entries.unsaved[key]
+        set_buffer(held_by(layer, address.container), entries.name, address.rest, value)
+    else:
+        entries.live(key).copy_(value)
 
 
 def _is_stale(entries: Entries, name: str, held: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
@@ -111,13 +134,12 @@ def _fill(model: nn.Module, name: str, stale: bool) -> None:
     """Make the leaves that no checkpoint holds, where they are on the meta device, or all if they are stale."""
     own = [layer for _, layer in layers(model) if name in layer.adapters]
     held = [(layer, address) for layer in own for address in layer.addresses_of(name, layer.adapters[name])]
-    kept = DERIVED if stale else None
-    empty = [(layer, a) for layer, a in held if a.container == kept or _at(layer, a, name).is_meta]
+    method = method_of(view_state(model).configs[name])
+    derived = {a.leaf for _, a in held if stale and a.leaf not in method.keys and a.leaf not in method.shared}
+    empty = [(layer, a) for layer, a in held if a.leaf in derived or _at(layer, a, name).is_meta]
     if not empty:
         return
-    derived = {address.leaf for _, address in held if address.container == kept}
     root, adapter = root_of(model), adapter_of(model, name)
-    method = method_of(adapter.config)
     params, buffers = (
         {
             path: {leaf: t for leaf, t in leaves.items() if not (t.is_meta or leaf in derived)}
@@ -135,11 +157,11 @@ def _fill(model: nn.Module, name: str, stale: bool) -> None:
         path = SHARED if address.leaf in method.shared else layer.site.path
         value = {**params.get(path, {}), **buffers.get(path, {})}.get(address.leaf)
         if value is not None:
-            set_buffer(layer._modules[address.container], name, address.rest, value)  # pyright: ignore
+            set_buffer(held_by(layer, address.container), name, address.rest, value)
 
 
 def _at(layer: AdapterLayer, address: Address, name: str) -> Tensor:
-    found = take(layer._modules[address.container], name, address.rest)  # pyright: ignore
+    found = take(held_by(layer, address.container), name, address.rest)
     assert found is not None
     return found
 
@@ -166,9 +188,9 @@ def _restored(
     leaves = take_out(shared, ROOT)
     for own in entries.own if method.repeated else ():
         leaves = {**take_out({leaf: own.keys[leaf][0] for leaf in shared}), **leaves}
-    lacking = [leaf for leaf in shared if leaf not in leaves and method.is_constant(leaf)]
-    if lacking and method.complete(config):
-        raise AdapterError(f"The checkpoint lacks {lacking[0]!r}, which all layers share.")
+    lacking = [leaf for leaf in shared if leaf not in leaves and in_files(method, config, leaf)]
+    if lacking:
+        raise AdapterError(f"The checkpoint lacks {lacking[0]!r}, which layers share.{not_saved(config)}")
     made = method.restore(config, SHARED, leaves) if leaves else leaves
     return found | {shared[leaf]: value for leaf, value in made.items()}
 
@@ -189,7 +211,9 @@ def _load_map(entries: Entries, name: str, held: Mapping[str, Any], tensors: Map
             found[PREFIX + key] = found[key]
     for path, wrapper in entries.wrappers:
         for saved, key in wrapper.adapter_state_dict_load_map(name).items():
-            found[_saved_key(wrapper, f"{path}.{saved}", tensors)] = f"{path}.{key}"
+            # what one is tied to has it, too
+            if not wrapper.is_tied or f"{path}.{saved}" in tensors or f"{PREFIX}{path}.{saved}" in tensors:
+                found[_saved_key(wrapper, f"{path}.{saved}", tensors)] = f"{path}.{key}"
     return found
 
 
@@ -247,6 +271,23 @@ def check_tensors(model: nn.Module, values: Mapping[str, Any]) -> None:
             )
 
 
+def _check_tied(entries: Entries, name: str, values: Mapping[str, Any]) -> None:
+    """Refuse other numbers for rows that are the same ones in the model."""
+    keys = {
+        id(wrapper.token_adapter): f"{path}.{wrapper.rows_key(name)}"
+        for path, wrapper in entries.wrappers
+        if isinstance(wrapper, TokensHolder)
+    }
+    for path, wrapper in entries.wrappers:
+        if isinstance(wrapper, TokensHolder) and wrapper.is_tied:
+            own, first = values.get(keys[id(wrapper.token_adapter)]), keys[id(wrapper.token_adapter.tied_adapter)]
+            if own is not None and first in values and not torch.equal(own, values[first]):
+                raise RuntimeError(
+                    f"The state dict has other trained rows for {path!r} than for the embedding, but the model ties "
+                    "them to each other. Leave out those of the head."
+                )
+
+
 def _resized(
     entries: Entries, name: str, config: AdapterConfig, held: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Tensor]:
@@ -298,13 +339,19 @@ def _move_to_base(layer: AdapterLayer, name: str) -> None:
     """The tensors of an adapter to the device and floating dtype of the base weight, unless they are on meta."""
     base = layer.get_base_layer()
     like: Tensor = getattr(base, layer.site.parameter)
-    device = device_of(base, like)
+    device, hides = device_of(base, like), layer.view.hidden
+    hidden = [_at(layer, a, name) for a in layer.addresses_of(name, layer.adapters[name]) if a.container in hides]
+    for tensor in [*hidden, *_listed(layer, name)]:
+        if not tensor.is_meta:
+            dtype = like.dtype if tensor.is_floating_point() and like.is_floating_point() else None
+            tensor.data = tensor.data.to(device=device, dtype=dtype)
+
+
+def _listed(layer: AdapterLayer, name: str) -> Iterator[Tensor]:
+    """The tensors of an adapter that have names in a layer."""
     for container in layer.adapter_layer_names:
-        held: Any = layer._modules[container]
-        if name not in held:
-            continue
-        entry = held[name]
-        for tensor in [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]:
-            if not tensor.is_meta:
-                dtype = like.dtype if tensor.is_floating_point() and like.is_floating_point() else None
-                tensor.data = tensor.data.to(device=device, dtype=dtype)
+        entry: Any = layer._modules[container][name] if name in layer._modules.get(container, ()) else None  # pyright: ignore
+        if isinstance(entry, nn.Module):
+            yield from (*entry.parameters(), *entry.buffers())
+        elif entry is not None:
+            yield entry

@@ -15,7 +15,8 @@ from funcadapt.errors import AdapterError
 from funcadapt.layer import Layer
 from funcadapt.merge import merge_levels
 from funcadapt.quantised import dequantised, is_quantised, put_back, requantise
-from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TokensHolder
+from funcadapt.view.own import OwnModule
 from funcadapt.view.tokens import TrainableTokensLayer
 from funcadapt.view.walking import auxiliaries, layers, root_of, wrapped
 
@@ -155,15 +156,15 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, safe_merge: bool
         raise TypeError("adapter_names should be a list of strings, got a string.")
     before = [(layer, list(layer.merged_adapters)) for _, layer in layers(model)]
     _warn_if_merged([layer for layer, _ in before], names)
-    tokens = _token_layers(model)
-    before_tokens = [(layer, list(layer.merged_adapters)) for layer in tokens]
+    own = _own_parts(model)
+    before_own = [(part, list(part.merged_adapters)) for part in own]
     try:
         for layer, _ in reversed(before):  # inner layers first: the outer ones act on what these make
             layer.merge(safe_merge, names)
-        for layer in tokens:
-            layer.merge(safe_merge, None if names is None else list(names))
+        for part in own:
+            part.merge(safe_merge, None if names is None else list(names))
     except Exception:
-        changed = [(part, old) for part, old in (*before, *before_tokens) if part.merged_adapters != old]
+        changed = [(part, old) for part, old in (*before, *before_own) if part.merged_adapters != old]
         for part, _ in changed:
             part.unmerge()
         for part, old in reversed(changed):
@@ -172,21 +173,23 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, safe_merge: bool
         raise
 
 
-def _token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
-    found = [wrapper.token_adapter for _, wrapper in auxiliaries(model) if isinstance(wrapper, TrainableTokensWrapper)]
-    return [layer for layer in found if layer.tied_adapter is None]
+def _own_parts(model: nn.Module) -> list[TrainableTokensLayer | OwnModule]:
+    """What merges beside the layers: trained rows, and the modules of a method that trains them in full."""
+    wrappers = [wrapper for _, wrapper in auxiliaries(model)]
+    rows = [wrapper.token_adapter for wrapper in wrappers if isinstance(wrapper, TokensHolder) and not wrapper.is_tied]
+    return [*rows, *(wrapper for wrapper in wrappers if isinstance(wrapper, OwnModule))]
 
 
-def merged_parts(model: nn.Module) -> list[AdapterLayer | TrainableTokensLayer]:
+def merged_parts(model: nn.Module) -> list[AdapterLayer | TrainableTokensLayer | OwnModule]:
     """Everything that has adapters in the base weights now, in the order in which it can be unmerged: outer first.
 
     Args:
         model: the model.
 
     Returns:
-        Layers, and trained rows.
+        Layers, trained rows, and modules that are trained in full.
     """
-    every = (*(layer for _, layer in layers(model)), *_token_layers(model))
+    every = (*(layer for _, layer in layers(model)), *_own_parts(model))
     return [part for part in every if part.merged_adapters]
 
 

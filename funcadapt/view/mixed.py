@@ -87,7 +87,8 @@ def _by_owners(
 
 def _untied(adapter: Adapter) -> Adapter:
     """The adapter with all that a site needs at that site: sites are taken apart below."""
-    if not method_of(adapter.config).tied:
+    method = method_of(adapter.config)
+    if not method.tied or method.rows:  # rows are no site's
         return adapter
     params, buffers = untied_trees(adapter.params, adapter.buffers, copy=False)
     return adapter.replace(params=params, buffers=buffers)

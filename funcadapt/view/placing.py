@@ -18,10 +18,10 @@ from funcadapt.sharing import shared_of
 from funcadapt.sites import Site
 from funcadapt.swapping import heads_of
 from funcadapt.targeting import held_in
-from funcadapt.tying import ties
+from funcadapt.tying import tie, ties
 from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from funcadapt.view.classes import layer_class
-from funcadapt.view.holding import address_of, shared_containers, view_of
+from funcadapt.view.classes import layer_class, own_class
+from funcadapt.view.holding import address_of, held_by, shared_containers, view_of
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.through import is_read_by_parent
 from funcadapt.view.walking import ViewState
@@ -195,7 +195,7 @@ class Placing:
         for _, leaf, path in ties(self.adapter.buffers.get(layer.site.path, {})) if method.tied else ():
             address = address_of(method, leaf)
             assert address is not None
-            here, there = (each._modules[address.container] for each in (layer, self._placed[path]))
+            here, there = (held_by(each, address.container) for each in (layer, self._placed[path]))
             slot = "_modules" if address.rest else "_parameters"
             getattr(here, slot)[self.name] = getattr(there, slot)[self.name]
             layer.adapters[self.name].present = None
@@ -217,7 +217,7 @@ class Placing:
             self._first = next(every, None)
         if self._first is None:
             return {}
-        return {container: self._first._modules[container] for container in containers}  # pyright: ignore
+        return {container: held_by(self._first, container) for container in containers}
 
     def _own(self, tensor: Tensor) -> Tensor:
         return (tensor.detach().clone() if self.copy else tensor.detach()).contiguous()
@@ -259,19 +259,20 @@ class Placing:
         module = self.bare.modules[path]
         places = self.bare.places(module)
         top: Any = places[0][0]._modules[places[0][1]]
-        if isinstance(top, ModulesToSaveWrapper):
+        own = held_in(self.adapter.config, path) == path
+        cls = own_class(method_of(self.adapter.config)) if own else ModulesToSaveWrapper
+        if type(top) is cls:
             top.update(self.name, values=values)
             self.change.on_failure(lambda: top.delete_adapter(self.name, None))
             return
-        self._refuse_wrapped(top, path, "modules_to_save")
-        wrapper = ModulesToSaveWrapper(module, self.name, values=values)
-        if held_in(self.adapter.config, path) == path:
-            wrapper.kept_as = method_of(self.adapter.config).whole
+        self._refuse_wrapped(top, path, "target_modules" if own else "modules_to_save")
+        wrapper = cls(module, self.name, values=values)
         for parent, name in places:
             self.change.set(parent._modules, name, wrapper)  # pyright: ignore[reportArgumentType]
 
     def _tokens(self, tokens: Tokens) -> None:
-        first: Any = None
+        method, first = method_of(self.adapter.config), None
+        cls: Any = own_class(method) if method.rows else TrainableTokensWrapper
         given: dict[str, Any] = {
             "token_indices": tokens.indices.tolist(),  # pyright: ignore[reportUnknownMemberType]
             "values": {TOKENS: self._own(tokens.rows_of)},
@@ -281,13 +282,15 @@ class Placing:
                 given["tied_adapter"] = first.token_adapter
             places = self.bare.places(module)
             top: Any = places[0][0]._modules[places[0][1]]
-            if isinstance(top, TrainableTokensWrapper):
+            if type(top) is cls:
                 top.update(self.name, **given)
                 self.change.on_failure(lambda top=top: top.delete_adapter(self.name, None))
             else:
-                self._refuse_wrapped(top, tokens.path, "trainable_token_indices")
-                top = TrainableTokensWrapper(module, self.name, **given)
-                top.kept_as = method_of(self.adapter.config).rows
+                self._refuse_wrapped(top, tokens.path, "target_modules" if method.rows else "trainable_token_indices")
+                top = cls(module, self.name, **given)
+                ties_of = self.adapter.buffers.get(self.bare.paths[id(module)], {})
+                if first is None or tie(TOKENS, tokens.path) in ties_of:
+                    top.kept_as = method.rows
                 for parent, name in places:
                     self.change.set(parent._modules, name, top)
             first = top if first is None else first

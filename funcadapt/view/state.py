@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from funcadapt.errors import AdapterError, did_you_mean
-from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, TokensHolder
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.merging import merged_parts
+from funcadapt.view.switches import TunerLayer
 from funcadapt.view.walking import auxiliaries, layers, root_of, unwrapped, view_state
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
@@ -57,16 +58,15 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     check_names(model, listed)
     # auxiliary wrappers may refuse: they are asked first, so that a failure changes nothing
     for _, wrapper in auxiliaries(model):
-        wrapper.check_set_adapter(listed)
+        wrapper.chosen(listed)
     for part in parts(model):
-        if isinstance(part, AdapterLayer) and part.merged:
+        if isinstance(part, TunerLayer) and part.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             part.unmerge()
         if isinstance(part, AdapterLayer):
             part.set_adapter(listed, inference_mode)
         else:
-            own = part.check_set_adapter(listed)
-            part.set_adapter(own if own is not None else [], inference_mode=inference_mode)
+            part.set_adapter(part.chosen(listed), inference_mode=inference_mode)
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -211,12 +211,13 @@ def delete_adapter(model: nn.Module, name: str) -> list[str]:
     root, state = root_of(model), view_state(model)
     with warnings.catch_warnings(record=True) as caught:  # one warning for the model, not one a layer
         warnings.simplefilter("always")
-        for part in [part for _, part in layers(root)]:
+        for part in [part for part in parts(root) if isinstance(part, TunerLayer)]:
             part.delete_adapter(name)
         active = active_adapters(root)
         active = [other for other in active if other != name]
         for _, wrapper in auxiliaries(root):
-            wrapper.delete_adapter(name, active)
+            if not isinstance(wrapper, TunerLayer):
+                wrapper.delete_adapter(name, active)
     for warning in caught[:1]:
         warnings.warn(warning.message, stacklevel=2)
     config = state.configs.pop(name)
@@ -240,7 +241,7 @@ def cast_adapter_dtype(model: nn.Module, name: str, autocast_adapter_dtype: bool
         return
     held = [tensor for _, layer in layers(model) for tensor in layer.tensors_of(name)]
     for _, wrapper in auxiliaries(model):
-        if isinstance(wrapper, TrainableTokensWrapper) and name in wrapper.available_adapters:
+        if isinstance(wrapper, TokensHolder) and name in wrapper.available_adapters:
             tokens = wrapper.token_adapter
             held += [tokens.trainable_tokens_delta[name], tokens.trainable_tokens_original[name]]
     for tensor in held:

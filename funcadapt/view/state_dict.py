@@ -68,9 +68,9 @@ def adapter_state_dict(
     entries = Entries(model, name)
     found: dict[str, Tensor] = {}
     for own in entries.own:
-        found.update(_stored(own, name, config, every))
+        found.update(_stored(entries, own, config, every))
     if entries.shared:
-        found.update(_stored_shared(entries, name, config, every))
+        found.update(_stored_shared(entries, config, every))
     for path, wrapper in entries.wrappers:
         below = f"{path}."
         relative = {key.removeprefix(below): value for key, value in every.items() if key.startswith(below)}
@@ -87,22 +87,30 @@ def adapter_state_dict(
     return {key: _gathered(model, value) for key, value in found.items()} if state_dict is None else found
 
 
-def _stored(own: Own, name: str, config: AdapterConfig, every: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stored(entries: Entries, own: Own, config: AdapterConfig, every: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The leaves of one layer, as the method stores them."""
     leaves = {leaf: every[held] for leaf, (_, held) in own.keys.items() if held in every}
     if not leaves:  # a state dict that is a checkpoint's already, as scripts make it that replace `model.state_dict`
         return {key: every[key] for key, _ in own.keys.values() if key in every}
-    written = own.layer.adapters[name].method.written
-    stored = reduced(own.layer, name, config, leaves)
+    leaves = _with_unsaved(entries, leaves, own.keys)
+    written = own.layer.adapters[entries.name].method.written
+    stored = reduced(own.layer, entries.name, config, leaves)
     return {join(own.path, written[k]) if k in written else own.keys[k][0]: value for k, value in stored.items()}
 
 
-def _stored_shared(
-    entries: Entries, name: str, config: AdapterConfig, every: Mapping[str, Tensor]
+def _with_unsaved(
+    entries: Entries, leaves: dict[str, Tensor], keys: Mapping[str, tuple[str, str]]
 ) -> dict[str, Tensor]:
+    """Leaves of a state dict with those that state dicts lack, all in the order of the keys."""
+    every = {leaf: held for leaf, (_, held) in keys.items() if leaf in leaves or held in entries.unsaved}
+    return {leaf: leaves[leaf] if leaf in leaves else entries.live(held) for leaf, held in every.items()}
+
+
+def _stored_shared(entries: Entries, config: AdapterConfig, every: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the layers share, as the method stores it."""
-    method = entries.own[0].layer.adapters[name].method
+    method = entries.own[0].layer.adapters[entries.name].method
     leaves = {leaf: every[held] for leaf, (_, held) in entries.shared.items() if held in every}
+    leaves = _with_unsaved(entries, leaves, entries.shared)
     other: Mapping[str, Tensor | None] = {}
     if method.stored is not None:
         other = method.stored(config, SHARED, leaves)

@@ -13,7 +13,7 @@ from funcadapt.config import AdapterConfig
 from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import View, method_of
 from funcadapt.sites import Site
-from funcadapt.view.holding import Address, addresses, present, take
+from funcadapt.view.holding import Address, ByPart, addresses, held_by, present, take
 
 
 class Held:
@@ -103,6 +103,28 @@ class TunerLayer(AdapterHolder):
         """Whether adapters are in the base weight now."""
         return bool(self.merged_adapters)
 
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters."""
+        raise NotImplementedError
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self._get_available_adapters())
+
+    def _get_available_adapters(self) -> set[str]:
+        raise NotImplementedError
+
+    def _leave(self, adapter_name: str) -> None:
+        """Deactivate an adapter that is gone. If it was the only active one, the alphabetically first one left is."""
+        if adapter_name not in self.active_adapters:
+            return
+        left = [name for name in self.active_adapters if name != adapter_name]
+        if not left and (left := self._all_available_adapter_names()[:1]):
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                stacklevel=3,
+            )
+        self.set_adapter(left)
+
 
 class Switches(TunerLayer):
     """The part of `AdapterLayer` that computes nothing.
@@ -127,13 +149,13 @@ class Switches(TunerLayer):
     def tensors_of(self, name: str) -> list[Tensor]:
         """All tensors of one adapter: parameters and buffers."""
         held = self.adapters.get(name)
-        found = [take(self._modules[c], name, r) for _, c, r in self.addresses_of(name, held)] if held else []  # pyright: ignore
+        found = [take(held_by(self, c), name, r) for _, c, r in self.addresses_of(name, held)] if held else []
         return [value for value in found if value is not None]
 
     def addresses_of(self, name: str, held: Held) -> tuple[Address, ...]:
         """Where an adapter has leaves."""
         if held.present is None:
-            held.present = present(self._modules, held.addresses, name)
+            held.present = present(self, held.addresses, name)
         return held.present
 
     def used_by(self, name: str, held: Held) -> tuple[Address, ...]:
@@ -176,7 +198,7 @@ class Switches(TunerLayer):
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             held = self.adapters.get(name)
             for leaf, container, rest in self.addresses_of(name, held) if held is not None else ():
-                value = take(self._modules[container], name, rest)  # pyright: ignore[reportArgumentType]
+                value = take(held_by(self, container), name, rest)
                 if isinstance(value, nn.Parameter) and value.is_floating_point():
                     trained = leaf not in frozen and held is not None and not held.method.is_constant(leaf)
                     value.requires_grad_(requires_grad and trained)
@@ -190,26 +212,14 @@ class Switches(TunerLayer):
         self.adapters.pop(adapter_name, None)
         for attribute in self.adapter_layer_names + self.other_param_names:
             held: Any = getattr(self, attribute)
-            if adapter_name in held:
+            if isinstance(held, ByPart):
+                held.drop(adapter_name)
+            elif adapter_name in held:
                 del held[adapter_name]
-        active = list(self.active_adapters)
-        if adapter_name not in active:
-            return
-        active.remove(adapter_name)
-        left = self._all_available_adapter_names()
-        if not active and left:
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                stacklevel=2,
-            )
-            active = left[:1]
-        self.set_adapter(active)
+        self._leave(adapter_name)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
-
-    def _all_available_adapter_names(self) -> list[str]:
-        return sorted(self.adapters)
 
     def _known(self, name: str) -> Held:
         if name not in self.adapters:

@@ -66,7 +66,7 @@ class TrainableTokensLayer(TunerLayer):
         *,
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # there is a subclass that is a wrapper, too
         if not isinstance(base_layer, nn.Embedding | nn.Linear):
             raise ValueError(f"{_MESSAGE} It is a {type(base_layer).__name__}, and has to be an Embedding or Linear.")
         self.base_layer = base_layer
@@ -79,9 +79,9 @@ class TrainableTokensLayer(TunerLayer):
         self.trainable_tokens_original = BufferDict() if owner is self else owner.trainable_tokens_original
         self.merged_adapters = []
         self._cached: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = self._base_weight.shape
         if isinstance(base_layer, nn.Embedding):
-            self.in_features, self.out_features = self.weight.shape
+            self.in_features, self.out_features = self._base_weight.shape
         self.update_layer(adapter_name, token_indices=token_indices, values=values)
 
     @property
@@ -96,6 +96,10 @@ class TrainableTokensLayer(TunerLayer):
     @property
     def weight(self) -> Tensor:
         """The base weight."""
+        return self._base_weight
+
+    @property
+    def _base_weight(self) -> Tensor:
         found = self.base_layer.weight
         assert isinstance(found, Tensor)
         return found
@@ -128,7 +132,7 @@ class TrainableTokensLayer(TunerLayer):
         """
         if self.tied_adapter is not None:
             return
-        indices, weight = list(token_indices), self.weight
+        indices, weight = list(token_indices), self._base_weight
         size, width = weight.shape
         bad = [i for i in indices if not 0 <= i < size]
         if bad or len(set(indices)) != len(indices):
@@ -146,7 +150,7 @@ class TrainableTokensLayer(TunerLayer):
     def _index(self, indices: Iterable[int]) -> Tensor:
         """Indices as a tensor where the weight is. Made once: a copy to a GPU would wait for it in every call."""
         known = tuple(indices)
-        device = self.weight.device
+        device = self._base_weight.device
         if is_recording():
             return torch.tensor(known, device=device, dtype=torch.long)
         if (known, device) not in self._cached:
@@ -167,7 +171,7 @@ class TrainableTokensLayer(TunerLayer):
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
         """The weight with the rows of some adapters in it."""
-        weight = self.weight
+        weight = self._base_weight
         for name in active_adapters:
             weight = replaced(weight, self._index(self.token_indices[name]), self.trainable_tokens_delta[name])
         return weight
@@ -194,12 +198,12 @@ class TrainableTokensLayer(TunerLayer):
                     "rows are not all finite."
                 )
         with torch.no_grad():
-            merged = self.weight.detach()
+            merged = self._base_weight.detach()
             for name in names:
                 index = self._index(self.token_indices[name])
                 self.trainable_tokens_original[name] = merged[index].clone()
                 merged = replaced(merged, index, self.trainable_tokens_delta[name])
-            self.weight.data = merged
+            self._base_weight.data = merged
         self.merged_adapters.extend(names)
 
     def _unmerged(self, wanted: list[str]) -> list[str]:
@@ -221,7 +225,9 @@ class TrainableTokensLayer(TunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             originals = self.trainable_tokens_original[name]
-            self.weight.data.index_copy_(0, self._index(self.token_indices[name]), originals.to(self.weight))
+            self._base_weight.data.index_copy_(
+                0, self._index(self.token_indices[name]), originals.to(self._base_weight)
+            )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer with the rows of the active adapters."""
@@ -260,7 +266,7 @@ class TrainableTokensLayer(TunerLayer):
             if isinstance(self.base_layer, nn.Embedding):
                 y = look_up(x, y, index, rows)
             else:
-                y = project(x, y, index, rows.to(self.weight), self.bias)
+                y = project(x, y, index, rows.to(self._base_weight), self.bias)
         return y
 
     def _is_plain(self, names: Sequence[str]) -> bool:
@@ -282,14 +288,14 @@ class TrainableTokensLayer(TunerLayer):
                 rows.requires_grad_(False)
         self._disable_adapters = not enabled
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the active adapters, the only ones that are trained.
 
         Args:
             adapter_names: their names.
             inference_mode: whether they are frozen, too.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name, rows in self.trainable_tokens_delta.items():
             rows.requires_grad_(name in names and not inference_mode)
         self._active_adapter = names
@@ -313,17 +319,10 @@ class TrainableTokensLayer(TunerLayer):
         for held in (self.trainable_tokens_delta, self.trainable_tokens_original, self.token_indices):
             if adapter_name in held:
                 del held[adapter_name]
-        if adapter_name in self.active_adapters:
-            left = [name for name in self.active_adapters if name != adapter_name]
-            if not left and (left := self._all_available_adapter_names()[:1]):
-                message = (
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}."
-                )
-                warnings.warn(message, stacklevel=2)
-            self.set_adapter(left)
+        self._leave(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        weight = self.weight
+        weight = self._base_weight
         for held in (self.trainable_tokens_delta, self.trainable_tokens_original):
             if adapter_name in held and not held[adapter_name].is_meta:
                 value = held[adapter_name]

@@ -15,7 +15,7 @@ from funcadapt.errors import AdapterError, did_you_mean
 from funcadapt.method import method_of
 from funcadapt.sharing import SHARED
 from funcadapt.tying import tie
-from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from funcadapt.view.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TokensHolder
 from funcadapt.view.holding import DERIVED
 from funcadapt.view.layer import AdapterLayer
 from funcadapt.view.merging import merged_parts
@@ -66,7 +66,7 @@ def adapter_of(model: nn.Module, name: str) -> Adapter:
         biases = [(path, root.get_submodule(path)._parameters["bias"]) for path in owners_of_biases]
     for _, wrapper in auxiliaries(root):
         if name in wrapper.available_adapters:
-            _auxiliary_leaves(wrapper, name, paths[id(bare(wrapper))], params, buffers)
+            _auxiliary_leaves(wrapper, name, paths, params, buffers)
     for path, bias in biases:
         if bias is not None and not any(path == p or path.startswith(f"{p}.") for p in _saved(root, name, paths)):
             params.setdefault(path, {})["bias"] = bias
@@ -103,19 +103,24 @@ def _saved(root: nn.Module, name: str, paths: Mapping[int, str]) -> list[str]:
 def _auxiliary_leaves(
     wrapper: AuxiliaryTrainingWrapper,
     name: str,
-    path: str,
+    paths: Mapping[int, str],
     params: dict[str, dict[str, Tensor]],
     buffers: dict[str, dict[str, Tensor]],
 ) -> None:
-    if isinstance(wrapper, TrainableTokensWrapper):
+    path = paths[id(bare(wrapper))]
+    if isinstance(wrapper, TokensHolder):
         layer: Any = wrapper.token_adapter
         if layer.tied_adapter is None:
             params.setdefault(path, {})[TOKENS] = layer.trainable_tokens_delta[name]
             index = torch.tensor(list(layer.token_indices[name]), dtype=torch.long)
             buffers.setdefault(path, {})[TOKEN_INDICES] = index.to(layer.trainable_tokens_delta[name].device)
+        elif wrapper.kept_as:
+            device = layer.trainable_tokens_delta[name].device
+            first = tie(TOKENS, paths[id(layer.tied_adapter.get_base_layer())])
+            buffers.setdefault(path, {})[first] = torch.zeros((), dtype=torch.long, device=device)
         return
     assert isinstance(wrapper, ModulesToSaveWrapper)
-    copy = wrapper.modules_to_save[name]
+    copy = wrapper.copy_of(name)
     for below, module in named_modules(copy):
         where = f"{path}.{below}" if below else path
         for short, parameter in module._parameters.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funcadapt.view.switches import AdapterHolder
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-_OWN = frozenset({"original_module", "modules_to_save", "token_adapter"})
+_OWN = frozenset({"original_module", "modules_to_save", "token_adapter", "base_layer"})
 
 
 class AuxiliaryTrainingWrapper(AdapterHolder):
@@ -19,10 +19,13 @@ class AuxiliaryTrainingWrapper(AdapterHolder):
 
     Attributes:
         original_module: the module that is wrapped.
+        is_tied: whether it has what another one has.
+        kept_as: what stands before the names in a checkpoint, where a method's own adapter is held in this way.
     """
 
     merged_adapters: Sequence[str] = ()
-    kept_as: str = ""  # what stands before the names in a checkpoint, where a method's own adapter is held in this way
+    is_tied: bool = False
+    kept_as: str = ""
     original_module: Any
     _several: ClassVar[bool] = False  # whether adapters can act together
 
@@ -162,6 +165,11 @@ class AuxiliaryTrainingWrapper(AdapterHolder):
         if len(found) > 1:
             raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(found)}")
         return found[0] if found else None
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """Those of some adapters that this wrapper can have active together, see `check_set_adapter`."""
+        own = self.check_set_adapter(names)
+        return [] if own is None else [own]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the active adapter.

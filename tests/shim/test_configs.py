@@ -198,6 +198,11 @@ WARNINGS: list[tuple[str, dict[str, Any]]] = [
     ("LoraConfig", {"use_rslora": True, "rank_pattern": {"q": 2}, "init_lora_weights": "pissa"}),
     ("LoraConfig", {"use_rslora": True, "alpha_pattern": {"q": 2}, "init_lora_weights": "olora"}),
     ("AdaLoraConfig", {"r": 4}),
+    ("VeraConfig", {"save_projection": False}),
+    ("PveraConfig", {"save_projection": False}),
+    ("RandLoraConfig", {"save_projection": False}),
+    ("TinyLoraConfig", {"save_projection": False}),
+    ("SupertuningConfig", {"save_precomputed_indices": False}),
 ]
 
 

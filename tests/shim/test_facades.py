@@ -24,6 +24,7 @@ from funcadapt.peft.targets import check_target_module_exists
 from funcadapt.view.classes import family, layer_class, packages
 from funcadapt.view.holding import view_of
 from funcadapt.view.layer import AdapterLayer
+from funcadapt.view.switches import TunerLayer
 
 # what other libraries import from PEFT's modules (transformers 5.23, diffusers 0.42, trl 1.16, accelerate 1.15)
 IMPORTS = {
@@ -109,7 +110,7 @@ def test_classes_come_from_the_registry(package: str) -> None:
     module = importlib.import_module(f"funcadapt.peft.tuners.{package}.layer")
     base = family(package)
     assert getattr(module, base.__name__) is base
-    assert issubclass(base, AdapterLayer)
+    assert issubclass(base, TunerLayer)
     for method in methods():
         for kind in method.kinds if view_of(method).package == package else ():
             cls = layer_class(method, kind)

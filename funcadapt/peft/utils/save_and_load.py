@@ -15,15 +15,22 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from funcadapt.errors import AdapterFileError, SiteError
+from funcadapt.keys import PREFIX
+from funcadapt.method import method_of
 from funcadapt.peft.config import PeftConfig
+from funcadapt.peft.left_out import warn_when_read
 from funcadapt.peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from funcadapt.peft.utils.other import check_file_exists_on_hf_hub
 from funcadapt.peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from funcadapt.peft.utils.warning import PeftWarning
 from funcadapt.peft.utils.weights import load_peft_weights as load_peft_weights
+from funcadapt.tying import ties, without_copies
 from funcadapt.view.embeddings import warn_unknown
+from funcadapt.view.entries import own_leaves
 from funcadapt.view.loading import check_tensors
 from funcadapt.view.state_dict import adapter_state_dict, load_adapter_state_dict
+from funcadapt.view.values import adapter_of
 from funcadapt.view.walking import root_of, unwrapped, view_state
 
 _FACTORS = (".lora_A", ".lora_B")
@@ -164,20 +171,47 @@ def set_peft_model_state_dict(
     Raises:
         KeyError: if there is no such adapter, or the checkpoint lacks a module that it trains in full.
         ValueError: if its type is unknown.
+        AdapterFileError: if layers that have a leaf in common do not have the same numbers in it; PEFT takes the last.
         RuntimeError: if a tensor does not fit. The model is unchanged then.
     """
     config = config_of(model, adapter_name)
     if config.peft_type in _BESIDE:
         return model.base_model.load_own_state_dict(peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
     tensors = dict(peft_model_state_dict)
+    warn_when_read(config, tensors)
+    tensors = convert_peft_adapter_state_dict_for_transformers(model, config, tensors, adapter_name)
+    _check_ties(model, adapter_name, tensors)
     return load_adapter_state_dict(
         model,
-        convert_peft_adapter_state_dict_for_transformers(model, config, tensors, adapter_name),
+        tensors,
         adapter_name,
         ignore_mismatched_sizes,
         low_cpu_mem_usage,
         config=config.to_funcadapt(),
     )
+
+
+def _check_ties(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse other numbers in leaves that layers have in common, as `fa.load` does: one of them would be lost."""
+    root = root_of(model)
+    if not method_of(view_state(root).configs[name]).tied:
+        return
+    given: dict[str, dict[str, Tensor]] = {}
+    for own in own_leaves(model, name):
+        for leaf, (key, _) in own.keys.items():
+            found = next((k for k in (key, PREFIX + key, key.removeprefix(PREFIX)) if k in tensors), None)
+            if found is not None:
+                given.setdefault(own.layer.site.path, {})[leaf] = tensors[found]
+    for path, frozen in adapter_of(root, name).buffers.items():
+        both = {
+            tied: frozen[tied]
+            for tied, leaf, other in ties(frozen)
+            if leaf in given.get(path, {}) and leaf in given.get(other, {})
+        }
+        try:
+            without_copies(given, {path: both}, same=True)
+        except SiteError as error:
+            raise AdapterFileError(f"The checkpoint of {name!r} does not fit. {error}") from error
 
 
 class IncompatibleKeys(NamedTuple):
