@@ -36,18 +36,9 @@ from funcadapt import targets
 from funcadapt.config import AdapterConfig
 from funcadapt.layer import Layer, dropout
 from funcadapt.method import Draw, Fresh, Leaf, Method, Shared, View, register
-from funcadapt.parts.checks import check_bias, check_layers, check_leaves, check_rates
+from funcadapt.parts import joint_basis
+from funcadapt.parts.checks import check_bias, check_layers, check_rates
 from funcadapt.parts.forms import KINDS, add_product, refuse_dropout
-from funcadapt.parts.joint_basis import (
-    basis,
-    categories,
-    category,
-    check_category,
-    decompose,
-    matrices,
-    off_diagonal,
-    sizes,
-)
 from funcadapt.parts.random_projections import restore, stored
 from funcadapt.sites import Site
 
@@ -107,57 +98,52 @@ class FrodConfig(AdapterConfig):
             raise ValueError(f"`sparse_rate` should be between 0 and 1, got {self.sparse_rate}.")
 
 
-def _count(width: int, rate: float) -> int:
-    """How many numbers S has."""
-    count = min(int(width * width * rate), width * (width - 1))
-    return max(1, count) if rate > 0 and width > 1 else count
-
-
 def init(site: Site, config: FrodConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """The shapes alone: what a site has depends on the others, see `share`."""
     refuse_dropout(site, "frod_dropout", config.frod_dropout)
     if not draw.abstract:
         return Fresh({}, {})
-    width = sizes(site)[1]
-    count = _count(width, config.sparse_rate)
+    width = joint_basis.sizes(site)[1]
+    count = joint_basis.entries(width, config.sparse_rate)
     return Fresh({"frod_lambda_l": draw.zeros(width), "frod_lambda_s_values": draw.zeros(count)}, {})
 
 
 def share(sites: Sequence[Site], config: FrodConfig, draw: Draw, weight: Callable[[Site], Tensor]) -> Shared:
     """V and the places of S for each category; U, l_0, l and the numbers of S for each site."""
-    members = categories(sites)
+    members = joint_basis.categories(sites)
     generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
     frozen: dict[str, Tensor] = {}
     at: dict[str, dict[str, Tensor]] = {}
     for name in sorted(members):
-        row, width = members[name], sizes(members[name][0])[1]
-        count = _count(width, config.sparse_rate)
+        row, width = members[name], joint_basis.sizes(members[name][0])[1]
+        count = joint_basis.entries(width, config.sparse_rate)
         v_name = f"frod_V.{name}"
         if draw.abstract:
             frozen[v_name] = draw.zeros(width, width)
             places = torch.zeros(2, count, dtype=torch.long)
         else:
-            places = off_diagonal(width, count, generator)
+            places = joint_basis.off_diagonal(width, count, generator)
             if v_name in draw.known:
                 frozen[v_name] = draw.known[v_name]
             else:
-                every = [m for site in row for m in matrices(site, weight(site))]
-                frozen[v_name] = draw.cast(basis([m.float().cpu() for m in every], config.regularization_alpha))
+                every = [m for site in row for m in joint_basis.matrices(site, weight(site))]
+                v = joint_basis.basis([m.float().cpu() for m in every], config.regularization_alpha)
+                frozen[v_name] = draw.cast(v)
         frozen[f"frod_s_indices.{name}"] = places.to(draw.device)
         frozen[f"frod_s_size.{name}"] = torch.tensor([width, width], device=draw.device)
     for site in sites:  # in model order, as PEFT draws
-        at[site.path] = _own(site, config, draw, frozen[f"frod_V.{category(site.path)}"], weight)
+        at[site.path] = _own(site, config, draw, frozen[f"frod_V.{joint_basis.category(site.path)}"], weight)
     return Shared({}, frozen, at)
 
 
 def _own(site: Site, config: FrodConfig, draw: Draw, v: Tensor, weight: Callable[[Site], Tensor]) -> dict[str, Tensor]:
-    rows, width = sizes(site)
+    rows, width = joint_basis.sizes(site)
     lead = site.stack if site.experts > 1 else ()
-    count = _count(width, config.sparse_rate)
+    count = joint_basis.entries(width, config.sparse_rate)
     if draw.abstract:
         u, start = draw.zeros(*lead, rows, width), draw.zeros(*lead, width)
     else:
-        pairs = [decompose(matrix, v) for matrix in matrices(site, weight(site))]
+        pairs = [joint_basis.decompose(matrix, v) for matrix in joint_basis.matrices(site, weight(site))]
         u = draw.cast(torch.stack([u for u, _ in pairs])).reshape(*lead, rows, width)
         start = draw.cast(torch.stack([start for _, start in pairs])).reshape(*lead, width)
     random = not config.init_weights
@@ -169,8 +155,8 @@ def _own(site: Site, config: FrodConfig, draw: Draw, v: Tensor, weight: Callable
 
 def inner(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor, Tensor]:
     """U, S + diag(l - l_0) and V."""
-    rows, width = sizes(layer.site)
-    name = category(layer.site.path)
+    rows, width = joint_basis.sizes(layer.site)
+    name = joint_basis.category(layer.site.path)
     u, v, places = p["frod_U"].reshape(rows, width), p[f"frod_V.{name}"], p[f"frod_s_indices.{name}"]
     values = p["frod_lambda_s_values"].reshape(places.shape[1])
     strength = (p["frod_lambda_l"] - p["frod_lambda_0"]).reshape(width)
@@ -202,16 +188,6 @@ def weight(layer: Layer, p: Leaf, weight: Tensor, bias: Tensor | None) -> tuple[
     return (weight + update.reshape(layer.site.shape)).to(weight.dtype), bias
 
 
-def check(config: FrodConfig, path: str, p: Leaf) -> None:
-    """A basis and the places of S for each category, or l and the numbers of S."""
-    if path:
-        check_leaves(path, p, {"frod_lambda_l": (None,), "frod_lambda_s_values": (None,)})
-        return
-    for name in p:
-        if name.startswith("frod_V."):
-            check_category(p, name.removeprefix("frod_V."))
-
-
 _SHARED = ("frod_V.*", "frod_s_indices.*", "frod_s_size.*")
 
 METHOD = register(
@@ -224,12 +200,12 @@ METHOD = register(
         constants=frozenset(_SHARED),
         init=init,
         share=share,
-        uses=lambda site, own, shared: [name.replace("*", category(site.path)) for name in _SHARED],
+        uses=lambda site, own, shared: [name.replace("*", joint_basis.category(site.path)) for name in _SHARED],
         after=after,
         weight=weight,
         stored=stored,
         restore=restore,
-        check=check,
+        check=joint_basis.check,
         dropout=lambda config: config.frod_dropout,
         reads=frozenset(),
         view=View(

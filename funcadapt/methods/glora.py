@@ -31,7 +31,7 @@ from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
 from funcadapt.parts.checks import check_bias, check_leaves, check_positive
-from funcadapt.parts.forms import KINDS, add_weight, kaiming, matrix
+from funcadapt.parts.forms import KINDS, add_weight, kaiming, matrix, product
 from funcadapt.parts.holders import holder
 from funcadapt.parts.lora_leaves import neutral, resized
 from funcadapt.sites import Site
@@ -95,8 +95,7 @@ def init(site: Site, config: GloraConfig, draw: Draw, weight: Callable[[], Tenso
     (out, inputs), r = matrix(site), config.r
     kinds = _forms(config) if site.bias else (*_forms(config)[:2], "none", "none", "none")
     sizes = ((out, inputs), (out, inputs), (inputs, 1), (out,), (out,))
-    params: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
+    params, buffers = dict[str, Tensor](), dict[str, Tensor]()
 
     def start(*shape: int) -> Tensor:
         return draw.zeros(*shape) if config.init_weights else kaiming(draw, *shape)
@@ -136,11 +135,7 @@ def bias_change(site: Site, p: Leaf, weight: Callable[[], Tensor], bias: Tensor 
         if c is not None or d is not None or e is not None:
             raise SiteError(f"GLoRA has a C, D or E at {site.path!r}, which has no bias that they could act on.")
         return None
-    parts: list[Tensor] = []
-    if c is not None:
-        base = weight().flatten(1)
-        wide = torch.promote_types(base.dtype, c.dtype)
-        parts = [(base.to(wide) @ c.expand(inputs, 1).to(wide)).flatten()]
+    parts = [] if c is None else [product(weight().flatten(1), c.expand(inputs, 1)).flatten()]
     parts += [] if d is None or e is None else [bias * d.flatten(), e.flatten()]
     return sum(parts[1:], parts[0]) if parts else None
 
@@ -153,8 +148,8 @@ def weight_change(site: Site, p: Leaf, weight: Callable[[], Tensor]) -> Tensor |
         return None
     scaled = weight().reshape(out, inputs) * a
     if "glora_B.Xd" in p:
-        down, up = _factors(p, "glora_B", out, inputs)
-        return torch.addmm(scaled, down.to(scaled.dtype), up.to(scaled.dtype)).reshape(site.shape)
+        factors = (t.to(scaled.dtype) for t in _factors(p, "glora_B", out, inputs))
+        return torch.addmm(scaled, *factors).reshape(site.shape)
     return (scaled + p["glora_B.X"].reshape(a.shape)).reshape(site.shape)
 
 

@@ -39,24 +39,15 @@ from torch import Tensor
 from funcadapt.errors import SiteError
 from funcadapt.layer import Layer
 from funcadapt.method import Draw, Fresh, Leaf, Method, View, register
+from funcadapt.parts import lycoris
 from funcadapt.parts.forms import KINDS, add_weight, kaiming
 from funcadapt.parts.lora_leaves import neutral
-from funcadapt.parts.lycoris import (
-    LycorisConfig,
-    buffers,
-    core_shape,
-    dropped,
-    factorization,
-    has_core,
-    rate,
-    refuse_dropout,
-)
 from funcadapt.parts.scalings import describe
 from funcadapt.sites import Site
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKrConfig(LycorisConfig):
+class LoKrConfig(lycoris.LycorisConfig):
     """Config of LoKr, with PEFT's fields: those of `LycorisConfig`, and some more.
 
     Attributes:
@@ -87,9 +78,9 @@ class LoKrConfig(LycorisConfig):
 
 def init(site: Site, config: LoKrConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
     """W1 and W2, whole or in factors; one of them zero unless `init_weights` is false."""
-    refuse_dropout(site, config)
+    lycoris.refuse_dropout(site, config)
     r, how, kernel = config.r, config.init_weights, site.shape[2:]
-    (l, k), (m, n) = (factorization(size, config.decompose_factor) for size in site.shape[:2])  # noqa: E741
+    (l, k), (m, n) = (lycoris.factorization(size, config.decompose_factor) for size in site.shape[:2])  # noqa: E741
     shapes: dict[str, tuple[int, ...]] = {}
     if config.decompose_both and r < max(l, m) / 2:
         shapes |= {"lokr_w1_a": (l, r), "lokr_w1_b": (r, m)}
@@ -97,13 +88,13 @@ def init(site: Site, config: LoKrConfig, draw: Draw, weight: Callable[[], Tensor
         shapes["lokr_w1"] = (l, m)
     if r >= max(k, n) / 2:
         shapes["lokr_w2"] = (k, n, *kernel)
-    elif has_core(site, config):
-        shapes |= {"lokr_w2_a": (r, k), "lokr_w2_b": (r, n), "lokr_t2": core_shape(site, r)}
+    elif lycoris.has_core(site, config):
+        shapes |= {"lokr_w2_a": (r, k), "lokr_w2_b": (r, n), "lokr_t2": lycoris.core_shape(site, r)}
     else:
         shapes |= {"lokr_w2_a": (k, r), "lokr_w2_b": (r, n * math.prod(kernel))}
     zero = ("lokr_w2", "lokr_w2_b") if how == "lycoris" else ("lokr_w1", "lokr_w1_a") if how else ()
     params = {name: draw.zeros(*shape) if name in zero else kaiming(draw, *shape) for name, shape in shapes.items()}
-    return Fresh(params, {name: draw.cast(value) for name, value in buffers(config).items()})
+    return Fresh(params, {name: draw.cast(value) for name, value in lycoris.buffers(config).items()})
 
 
 def _left(p: Leaf) -> Tensor:
@@ -148,7 +139,7 @@ def folds(layer: Layer, p: Leaf, x: Tensor) -> bool:
 def after(layer: Layer, p: Leaf, x: Tensor, y: Tensor) -> Tensor:
     """Y + s * (W1 kron W2) x, in y's dtype."""
     site = layer.site
-    scaling, kept = dropped(layer, p["scaling"])
+    scaling, kept = lycoris.dropped(layer, p["scaling"])
     p = {**p, "scaling": scaling}
     if site.kind == "embedding" or folds(layer, p, x):
         delta = delta_weight(site, p)
@@ -220,10 +211,10 @@ METHOD = register(
         after=after,
         folds=folds,
         weight=weight,
-        buffers=buffers,
+        buffers=lycoris.buffers,
         describe=describe,
         check=check,
-        dropout=rate,
+        dropout=lycoris.rate,
         reads=frozenset({"rank_dropout", "module_dropout", "rank_dropout_scale"}),
         # no `with_rank`: of another rank, the leaves can be others
         neutral=neutral,

@@ -107,12 +107,10 @@ def _places(site: Site, config: SupertuningConfig, draw: Draw, weight: Callable[
     return found.to(dtype=torch.int32, device=draw.device)
 
 
-def layers(site: Site, config: SupertuningConfig, draw: Draw) -> None:
+def layers(config: SupertuningConfig, draw: Draw, out: int, inputs: int) -> None:
     """PEFT builds A and B as layers, which draw their own init, before it draws A again."""
-    out, inputs = matrix(site)
-    if config.r is not None:
-        draw.uniform(config.r, inputs, bound=1.0)
-        draw.uniform(out, config.r, bound=1.0)
+    draw.uniform(config.r or 0, inputs, bound=1.0)
+    draw.uniform(out, config.r or 0, bound=1.0)
 
 
 def init(site: Site, config: SupertuningConfig, draw: Draw, weight: Callable[[], Tensor]) -> Fresh:
@@ -121,13 +119,11 @@ def init(site: Site, config: SupertuningConfig, draw: Draw, weight: Callable[[],
     n, (out, inputs), zero = _number(site, config), matrix(site), config.init_weights
     params = {"supertuning_values": draw.zeros(n) if zero else draw.normal(n)}
     if draw.generator is None and not zero:  # torch's own: what PEFT's layers draw comes after the values
-        layers(site, config, draw)
+        layers(config, draw, out, inputs)
     if config.r is not None:
-        bounds = [1 / math.sqrt(n) for n in (inputs, config.r)]
-        params["supertuning_lora_A"] = draw.uniform(config.r, inputs, bound=bounds[0])
-        params["supertuning_lora_B"] = (
-            draw.zeros(out, config.r) if zero else draw.uniform(out, config.r, bound=bounds[1])
-        )
+        params["supertuning_lora_A"] = draw.uniform(config.r, inputs, bound=1 / math.sqrt(inputs))
+        b = draw.zeros(out, config.r) if zero else draw.uniform(out, config.r, bound=1 / math.sqrt(config.r))
+        params["supertuning_lora_B"] = b
     return Fresh(params, {"supertuning_indices": _places(site, config, draw, weight)})
 
 
@@ -208,7 +204,7 @@ def check(config: SupertuningConfig, path: str, p: Leaf) -> None:
 def warm(site: Site, config: SupertuningConfig, draw: Draw) -> None:
     """What comes before all that `init` draws."""
     if config.init_weights:
-        layers(site, config, draw)
+        layers(config, draw, *matrix(site))
 
 
 METHOD = register(

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -116,12 +115,8 @@ def init(site: Site, config: VBLoRAConfig, draw: Draw, weight: Callable[[], Tens
 def share(sites: Sequence[Site], config: VBLoRAConfig, draw: Draw, weight: Callable[[Site], Tensor]) -> Shared:
     """The bank: uniform."""
     # torch's own generator goes on after the logits: `warm` has drawn the bank
-    with fork_rng(devices=[]) if draw.generator is None else nullcontext():
-        return Shared({BANK: _bank(config, draw)}, {}, {})
-
-
-def _bank(config: VBLoRAConfig, draw: Draw) -> Tensor:
-    return draw.uniform(config.num_vectors, config.vector_length, bound=config.init_vector_bank_bound)
+    with fork_rng(devices=[], enabled=draw.generator is None):
+        return Shared(warm(sites[0], config, draw), {}, {})
 
 
 def factors(layer: Layer, p: Leaf) -> tuple[Tensor, Tensor]:
@@ -191,9 +186,9 @@ def restore(config: VBLoRAConfig, path: str, p: Leaf) -> Leaf:
     return kept
 
 
-def warm(site: Site, config: VBLoRAConfig, draw: Draw) -> Mapping[str, Tensor]:
+def warm(site: Site, config: VBLoRAConfig, draw: Draw) -> dict[str, Tensor]:
     """PEFT draws the bank anew before every layer's logits: the last one stays."""
-    return {BANK: _bank(config, draw)}
+    return {BANK: draw.uniform(config.num_vectors, config.vector_length, bound=config.init_vector_bank_bound)}
 
 
 def savable(tuner: nn.Module, adapter: str = "default") -> tuple[int, int]:

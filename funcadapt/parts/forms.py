@@ -150,6 +150,12 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A B in the dtype that promotes both, (n, k) times (k, m)."""
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return a.to(wide) @ b.to(wide)
+
+
 def certain(condition: Any) -> bool:
     """Whether a condition on sizes holds; False where a compiler that does not know the sizes would have to guess.
 

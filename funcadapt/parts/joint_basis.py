@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,12 @@ def decompose(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(some, scaled / torch.where(some, strength, 1.0), 0.0), strength
 
 
+def entries(width: int, rate: float) -> int:
+    """How many numbers S has: the share `rate` of a square, off its diagonal, and at least one."""
+    count = min(int(width * width * rate), width * (width - 1))
+    return max(1, count) if rate > 0 and width > 1 else count
+
+
 def off_diagonal(width: int, count: int, generator: torch.Generator) -> Tensor:
     """Rows and columns (2, count) of random places of a square matrix, none on its diagonal."""
     drawn = torch.randperm(width * (width - 1), generator=generator)[:count] if count else torch.empty(0).long()
@@ -125,7 +132,17 @@ def off_diagonal(width: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.stack([rows, inner + (inner >= rows)])  # the diagonal is left out
 
 
-def check_category(p: Leaf, name: str) -> None:
+def check(config: Any, path: str, p: Leaf) -> None:
+    """A basis and the places of S for each category, or l and the numbers of S."""
+    if path:
+        check_leaves(path, p, {"frod_lambda_l": (None,), "frod_lambda_s_values": (None,)})
+        return
+    for name in p:
+        if name.startswith("frod_V."):
+            _check_category(p, name.removeprefix("frod_V."))
+
+
+def _check_category(p: Leaf, name: str) -> None:
     """Raise SiteError unless the leaves of a category fit each other."""
     width = p[f"frod_V.{name}"].shape[0]
     expected: dict[str, tuple[int | None, ...]] = {f"frod_V.{name}": (width, width)}
