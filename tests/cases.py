@@ -230,7 +230,7 @@ FIRST = [c for c in CASES if _is_first(c) and (_stands_for_all(c) or c.kind.name
 LAWS = [case for case in CASES if case in FIRST or case.kind.name == "linear"]
 # The engine does the same for every method, so that its own laws need one on every kind.
 REFERENCE = [case for case in FIRST if _stands_for_all(case)]
-# For the laws of the compiler, which are slow.
+# For the laws of the compiler, which are slow, and for what the engine does with any leaves and hooks.
 SLOW = [case for case in FIRST if case.kind.name == "linear" or case in REFERENCE]
 
 

@@ -14,7 +14,7 @@ import optree
 import pytest
 import torch
 import transformers as tf
-from cases import FIRST, Case, tree_close
+from cases import FIRST, SLOW, Case, tree_close
 from oracles import Snapshot
 from torch import Tensor, nn
 from torch.func import grad, vmap
@@ -94,7 +94,7 @@ def groups_of(model: nn.Sequential) -> int:
 RANKED = [case for case in FIRST if case.method.with_rank is not None]
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_unstack_gives_back_what_went_in(case: Case) -> None:
     model = case.model()
     adapters = [moved(case.new(model, seed), seed) for seed in range(3)]

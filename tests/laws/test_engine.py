@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FIRST, LAWS, REFERENCE, SLOW, Case, stacked, tolerance, tree_close
+from cases import REFERENCE, SLOW, Case, stacked, tolerance, tree_close
 from oracles import Snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -33,7 +33,7 @@ class Bomb(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("case", LAWS, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_a_call_leaves_the_model_unchanged(case: Case) -> None:
     model, x = case.model().append(Bomb()), case.inputs()
     adapter = case.adapter(model)
@@ -58,7 +58,7 @@ def test_a_call_leaves_the_model_unchanged(case: Case) -> None:
         before.check()
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_a_transform_leaves_the_model_unchanged(case: Case) -> None:
     model, x = case.model(), case.inputs()
     adapter, before = case.adapter(model), Snapshot(model)
@@ -68,7 +68,7 @@ def test_a_transform_leaves_the_model_unchanged(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("_frequent_switches")
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_two_threads_agree_with_the_sequential_result(case: Case) -> None:
     model, x = case.model(), case.inputs()
     adapters = [case.adapter(model, seed) for seed in range(2)]
@@ -110,7 +110,7 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=fa.checkpoint_context)  # pyright: ignore
 
 
-@pytest.mark.parametrize("case", LAWS, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_checkpointed_gradients_equal_plain_ones(case: Case) -> None:
     inner, x = case.model(), case.inputs()
     adapter = case.adapter(inner)
@@ -165,12 +165,9 @@ class Exported(nn.Module):
         return fa.functional_call(self.model, adapter, (x,))
 
 
-# Not strictly, with an unknown number of tokens, all methods are exported in test_shapes.py.
-@pytest.mark.parametrize(
-    ("case", "strict"),
-    [(c, strict) for c in SLOW if c.kind.exact == torch.float64 for strict in ((True, False)[: 1 + (c in REFERENCE)])],
-    ids=str,
-)
+# All methods are exported at a linear layer in test_shapes.py, with an unknown number of tokens.
+@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("case", [c for c in REFERENCE if c.kind.exact == torch.float64], ids=str)
 def test_export_takes_the_adapter_as_an_input(case: Case, strict: bool) -> None:
     model, x = case.model().requires_grad_(False), case.inputs()
     first, second = case.adapter(model, 0), case.adapter(model, 1)

@@ -33,6 +33,7 @@ HOW = [None, "gather", "sort", "masked"]
 
 # Where the rows of a call act on each other through the adapter, a loop over rows is another function.
 BY_ROW = [case for case in FIRST if not case.method.couples]
+SLOW_BY_ROW = [case for case in SLOW if not case.method.couples]
 
 
 def ways(cases: list[Case], hows: list[str | None]) -> pytest.MarkDecorator:
@@ -369,7 +370,7 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=fa.checkpoint_context)  # pyright: ignore
 
 
-@ways(BY_ROW, ["grouped", *HOW])
+@ways(SLOW_BY_ROW, ["grouped", *HOW])
 def test_checkpointed_gradients_equal_plain_ones(case: Case, how: str | None) -> None:
     if refuses(case, how):
         return
@@ -395,7 +396,7 @@ def test_checkpointed_gradients_equal_plain_ones(case: Case, how: str | None) ->
 # -- few rows, wrong rows ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", BY_ROW, ids=str)
+@pytest.mark.parametrize("case", SLOW_BY_ROW, ids=str)
 def test_one_adapter_one_row_and_none(case: Case) -> None:
     model, x = case.model(), case.inputs()
     adapters = [case.adapter(model, seed) for seed in range(2)]
@@ -420,7 +421,7 @@ def test_one_adapter_one_row_and_none(case: Case) -> None:
                                    else fa.functional_call(model, adapters[1], (both,)), **close)  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_no_rows_at_all(case: Case) -> None:
     model, x = case.model(), case.inputs()[:0]
     stack = fa.stack([case.adapter(model, seed) for seed in range(2)])
@@ -439,7 +440,7 @@ def test_no_rows_at_all(case: Case) -> None:
         assert not any(t.any() for t in pytree.tree_leaves(g))
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_rows_that_do_not_fit_are_errors(case: Case) -> None:
     model, x = case.model(), torch.cat(inputs(case, 2))
     stack = fa.stack([case.adapter(model, seed) for seed in range(3)])
@@ -470,7 +471,7 @@ class Bomb(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("case", BY_ROW, ids=str)
+@pytest.mark.parametrize("case", SLOW_BY_ROW, ids=str)
 def test_the_model_is_unchanged(case: Case) -> None:
     model, x = case.model().append(Bomb()), torch.cat(inputs(case, 3))
     stack, index = fa.stack([case.adapter(model, seed) for seed in range(3)]), index_for(case, len(x))
@@ -508,7 +509,7 @@ def looks_at_the_weight(case: Case) -> bool:
     return bool(seen)
 
 
-@pytest.mark.parametrize("case", BY_ROW, ids=str)
+@pytest.mark.parametrize("case", SLOW_BY_ROW, ids=str)
 def test_grouped_and_single_adapters_nest(case: Case) -> None:
     model, xs = case.model(), inputs(case, 2)
     one, *adapters = (case.adapter(model, seed) for seed in range(3))
@@ -550,7 +551,7 @@ def test_grouped_and_single_adapters_nest(case: Case) -> None:
                 torch.testing.assert_close(model(x), expected, **close)
 
 
-@pytest.mark.parametrize("case", [c for c in BY_ROW if c.kind.name not in BY_POSITION], ids=str)
+@pytest.mark.parametrize("case", [c for c in SLOW_BY_ROW if c.kind.name not in BY_POSITION], ids=str)
 def test_stacks_of_different_sizes_nest(case: Case) -> None:
     if looks_at_the_weight(case):
         return

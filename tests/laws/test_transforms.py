@@ -8,7 +8,7 @@ from typing import Any
 import optree
 import pytest
 import torch
-from cases import FIRST, LAWS, Case, stacked, tolerance, tree_close
+from cases import FIRST, LAWS, SLOW, Case, stacked, tolerance, tree_close
 from oracles import DENSE, dense_weights
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
@@ -191,7 +191,7 @@ def test_merge_is_differentiable(case: Case) -> None:
     tree_close(merged, g, **tolerance(case.kind.exact, scale, roundings=64))
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_an_adapter_is_a_pytree_for_torch_and_optree(case: Case) -> None:
     adapter = case.adapter(case.model())
     expected = [
@@ -217,7 +217,7 @@ def test_an_adapter_is_a_pytree_for_torch_and_optree(case: Case) -> None:
     tree_close(dict(rebuilt.params), dict(adapter.params), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_to_converts_every_floating_leaf(case: Case) -> None:
     adapter = case.adapter(case.model())
     low = adapter.to(torch.bfloat16)

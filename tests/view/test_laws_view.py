@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FIRST, REFERENCE, Case, PlainParameter, tolerance, tree_close
+from cases import FIRST, REFERENCE, SLOW, Case, PlainParameter, tolerance, tree_close
 from oracles import Snapshot
 from peft_tools import tiny, tokens
 from safetensors.torch import load_file
@@ -149,7 +149,7 @@ def test_two_active_adapters_nest_as_in_the_functional_call(case: Case) -> None:
     assert [*fa.dematerialize(model)] == ["b"]
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_disabling(case: Case) -> None:
     model, _, x = with_view(case)
     expected, bare, flags = model(x), case.model()(x), [p.requires_grad for p in model.parameters()]
@@ -174,7 +174,7 @@ def _saved(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("again", [copy.deepcopy, _saved, lambda m: pickle.loads(pickle.dumps(m))],
                          ids=["deepcopy", "torch_save", "pickle"])  # fmt: skip
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_copies(case: Case, again: Callable[[nn.Module], nn.Module]) -> None:
     """They do the same, share nothing, and can be taken apart as the original."""
     model, adapter, x = with_view(case)
@@ -253,7 +253,7 @@ def test_its_parameters_are_functional(case: Case) -> None:
         close({name: grads[name][i] for name in gradients}, gradients)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", SLOW, ids=str)
 def test_failures_leave_no_trace(case: Case) -> None:
     """Where there is no adapter yet, and where there is one."""
     model, x = case.model(), case.inputs()
@@ -284,7 +284,7 @@ def test_failures_leave_no_trace(case: Case) -> None:
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if not c.no_dense], ids=str)
+@pytest.mark.parametrize("case", [c for c in SLOW if not c.no_dense], ids=str)
 def test_a_safe_merge_refuses_what_is_not_finite(case: Case) -> None:
     model, _, x = with_view(case)
     with torch.no_grad():
