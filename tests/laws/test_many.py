@@ -197,7 +197,7 @@ def test_an_index_of_two_axes_routes_tokens(case: Case, how: str | None) -> None
     torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("case", BY_ROW, ids=str)
+@pytest.mark.parametrize("case", SLOW_BY_ROW, ids=str)
 def test_bfloat16_is_the_loop_up_to_roundings(case: Case) -> None:
     low = torch.bfloat16
     model, xs = case.model(low), [x.to(low) if x.is_floating_point() else x for x in inputs(case, 3)]
@@ -569,7 +569,7 @@ def test_stacks_of_different_sizes_nest(case: Case) -> None:
     torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("case", BY_ROW, ids=str)
+@pytest.mark.parametrize("case", SLOW_BY_ROW, ids=str)
 def test_weights_interpolate_grouped_and_routed(case: Case) -> None:
     model, xs = case.model(), inputs(case, 2)
     one, *adapters = (case.adapter(model, seed) for seed in range(3))

@@ -41,7 +41,7 @@ def test_leaves_of_another_dtype_than_the_layer(case: Case, dtypes: tuple[torch.
 
 
 @pytest.mark.parametrize("case", LINEAR, ids=str)
-@pytest.mark.parametrize("shape", [(0, 4), (0, 3, 4), (2, 0, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)
 def test_no_row_gives_no_row(case: Case, shape: tuple[int, ...]) -> None:
     model = case.model()
     adapter, x = case.adapter(model), torch.zeros(shape, dtype=case.kind.exact)
@@ -112,7 +112,11 @@ def test_export_with_an_unknown_number_of_tokens(case: Case) -> None:
         torch.testing.assert_close(out, expected, **tolerance(out.dtype, expected.abs().max().item(), roundings=64))
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=str)
+# Where a form is chosen by the number of tokens; with a known number every method is compiled in test_engine.py.
+CHOOSING = [case for case in COMPILED if case.method.folds is not None or case.method.name in ("lora", "oft", "miss")]
+
+
+@pytest.mark.parametrize("case", CHOOSING, ids=str)
 def test_compile_with_an_unknown_number_of_tokens_is_one_frame(case: Case) -> None:
     model = case.model()
     adapter = case.adapter(model)
